@@ -1,0 +1,1 @@
+"""Recipes: one file each; get_config(variant) returns a gcpo_jax.config.Config."""

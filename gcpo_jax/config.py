@@ -1,0 +1,304 @@
+"""The settings of a run: typed dataclasses, their validation, and the presets of the algorithms.
+
+A file of configs/ builds a Config; `--config configs/tiny.py:grpo` picks a preset and
+`--config.learner.learning_rate=1e-4` overrides one field. Nothing here touches a device.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+# No `from __future__ import annotations` here: the override machinery reads the field types.
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names the field, its value and what is allowed."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Model:
+    """Which policy to start from and how to compute with it."""
+
+    path: str = ""  # Hugging Face directory (config.json, *.safetensors, tokenizer.json)
+    dtype: str = "float32"  # of parameters and activations: "float32" | "bfloat16"; logits, losses and sums are float32
+    remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Data:
+    """Where problems come from, how a prompt is made of one, and what rewards an answer."""
+
+    task: str = "jsonl"  # "arithmetic" (generated) | "jsonl" (a file of problem/answer rows)
+    path: str = ""  # jsonl: the training file, .jsonl or .jsonl.gz
+    eval_path: str = ""  # jsonl: the held-out file; empty: `held_out` rows are split off `path`
+    held_out: int = 64  # jsonl without eval_path: rows kept for evaluation
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    prompt: str = "{problem}"  # the user's turn; {problem} is replaced
+    reward: str = "tasks.math.reward"  # dotted path of reward(prompt, completion, row) -> float
+    too_long: str = "drop"  # a prompt over rollout.max_prompt_tokens: "drop" (counted, named) | "refuse"
+    directory: str = ""  # prepared data sets; empty: the user's cache directory
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Rollout:
+    """The groups that are sampled each step."""
+
+    queries: int = 32  # B, prompts a step
+    group_size: int = 8  # n, candidates of each prompt
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 512
+    temperature: float = 1.0  # the policy is softmax(logits / temperature) everywhere
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    max_rows: int = 512  # rows of one sampler or scorer call; memory, never results
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Contexts:
+    """The prompts that show the policy its own candidates (ALGORITHM: integration and leave-one-out)."""
+
+    style: str = "auto"  # "chat" (template) | "base" (plain text) | "tiny" (separator tokens) | "auto"
+    text: str = "auto"  # of a candidate: "full" | "answer" (after </think>) | "auto" (answer where there is one)
+    cap: int = 256  # tokens of one candidate inside a context; the last ones are kept
+    permute: bool = True  # candidates in one random order per query, else in index order
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Algorithm:
+    """The objective. PRESETS below fills this in; symbols are the paper's."""
+
+    objective: str = "clipped"  # "clipped" (GRPO family) | "gvpo"
+    advantage_scale: str = "std"  # Eq. 8: "std" | "none" (Dr.GRPO)
+    aggregation: str = "sequence_mean"  # | "token_mean" | "constant" (sum over tokens / max_new_tokens)
+    clip_low: float = 0.2  # ε below
+    clip_high: float = 0.2  # ε above
+    beta: float = 0.04  # β, weight of KL(policy, frozen reference); with objective "gvpo" the β of GVPO
+    causal_factor: str = "none"  # Υ: "none" (B = A) | "projection" (Eq. 11) | "bayes" (reweighted candidates)
+    similarity: str = "cosine"  # in Eq. 11: "cosine" | "euclidean" | "gaussian"
+    correction: str = "psi"  # Z̄ - Z̄' in Eq. 11: "psi" | "zero" (centroid only) | "permuted" (across the batch)
+    clip_negative: bool = True  # Υ < 0 becomes 0; False: it flips the sign of the advantage (as printed)
+    alpha: float = 2.0  # α of Eq. 11
+    kappa: float = 0.0  # κ, weight of KL' towards the projected reference (Eq. 12-13); 0: no KL'
+    sampling: str = "shared"  # of Φ's integrated outputs: "shared" (as printed) | "swap" (leave-one-out, unbiased)
+    integrated: int = 2  # L, integrated outputs (or swap partners) per target; 0: n
+    rollouts: int = 2  # R, roll-outs per context; 0: n
+    rollout_tokens: int = 64  # M, tokens of a roll-out; 0: max_new_tokens
+    kl_targets: int = 2  # candidates per group that enter KL', weighted n/k; 0: all
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Learner:
+    """AdamW and how a batch is cut up."""
+
+    learning_rate: float = 1e-6
+    schedule: str = "cosine"  # "cosine" (to zero at the last update) | "constant", both after a linear warm-up
+    warmup: float = 0.1  # share of all updates
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.95
+    max_grad_norm: float = 1.0
+    updates_per_batch: int = 1  # μ
+    micro_batch: int = 64  # rows differentiated at a time; whole groups; memory and cache, never results
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Evaluation:
+    """Held-out accuracy during the run."""
+
+    every: int = 0  # steps; 0: only before the first and after the last update
+    problems: int = 256  # at most
+    samples: int = 4  # m per problem, at rollout.temperature; greedy is always measured too
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """How often the whole state is saved."""
+
+    every: int = 20  # steps
+    keep: int = 2
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Train:
+    """Length, seed and what is written."""
+
+    total_steps: int = 100
+    seed: int = 0
+    log_groups: int = 1  # groups written to completions.jsonl each step
+    audit_steps: tuple[int, ...] = ()  # updates done so far, of the steps whose every quantity is written (0: the first)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Config:
+    """One run."""
+
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    contexts: Contexts = dataclasses.field(default_factory=Contexts)
+    algorithm: Algorithm = dataclasses.field(default_factory=Algorithm)
+    learner: Learner = dataclasses.field(default_factory=Learner)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    train: Train = dataclasses.field(default_factory=Train)
+
+
+_GCPO: dict[str, Any] = {"causal_factor": "projection", "kappa": 0.06}
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"advantage_scale": "none", "aggregation": "constant", "beta": 0.0},
+    "gvpo": {"objective": "gvpo", "advantage_scale": "none", "beta": 0.1},
+    "gcpo": _GCPO,
+    "gcpo_paper": _GCPO
+    | {"clip_negative": False, "integrated": 0, "rollouts": 0, "rollout_tokens": 0, "kl_targets": 0},
+    "gcpo_loo": _GCPO | {"sampling": "swap"},
+    "gcpo_bayes": _GCPO | {"causal_factor": "bayes"},
+    "gcpo_no_adv": _GCPO | {"causal_factor": "none"},
+    "gcpo_no_kl": _GCPO | {"kappa": 0.0},
+    "gcpo_centroid": _GCPO | {"correction": "zero"},
+    "gcpo_noise": _GCPO | {"correction": "permuted"},
+}
+
+
+def preset(name: str | None) -> Algorithm:
+    """The Algorithm of a preset; None means "gcpo".
+
+    Raises:
+      ConfigError: for an unknown name; the message lists the known ones.
+    """
+    name = name or "gcpo"
+    if name not in PRESETS:
+        raise ConfigError(f"unknown variant {name!r}; known: {', '.join(PRESETS)}")
+    return Algorithm(**PRESETS[name])
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{"section.field": value} in the order of definition; tuples as lists, as JSON gives them back."""
+    return {
+        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
+        for section, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+    }
+
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "data.task": ("arithmetic", "jsonl"),
+    "data.too_long": ("drop", "refuse"),
+    "contexts.style": ("auto", "chat", "base", "tiny"),
+    "contexts.text": ("auto", "full", "answer"),
+    "algorithm.objective": ("clipped", "gvpo"),
+    "algorithm.advantage_scale": ("std", "none"),
+    "algorithm.aggregation": ("sequence_mean", "token_mean", "constant"),
+    "algorithm.causal_factor": ("none", "projection", "bayes"),
+    "algorithm.similarity": ("cosine", "euclidean", "gaussian"),
+    "algorithm.correction": ("psi", "zero", "permuted"),
+    "algorithm.sampling": ("shared", "swap"),
+    "learner.schedule": ("cosine", "constant"),
+}
+_AT_LEAST: dict[str, float] = {  # inclusive
+    "data.held_out": 0,
+    "rollout.queries": 1,
+    "rollout.group_size": 2,
+    "rollout.max_prompt_tokens": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.max_rows": 1,
+    "contexts.cap": 1,
+    "algorithm.beta": 0,
+    "algorithm.kappa": 0,
+    "algorithm.clip_low": 0,
+    "algorithm.clip_high": 0,
+    "algorithm.integrated": 0,
+    "algorithm.rollouts": 0,
+    "algorithm.rollout_tokens": 0,
+    "algorithm.kl_targets": 0,
+    "learner.learning_rate": 0,
+    "learner.warmup": 0,
+    "learner.weight_decay": 0,
+    "learner.updates_per_batch": 1,
+    "learner.micro_batch": 1,
+    "evaluation.every": 0,
+    "evaluation.problems": 1,
+    "evaluation.samples": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "train.total_steps": 1,
+    "train.seed": 0,
+    "train.log_groups": 0,
+}
+_ABOVE: dict[str, float] = {"rollout.temperature": 0, "rollout.top_p": 0, "learner.max_grad_norm": 0}
+_AT_MOST: dict[str, float] = {"rollout.top_p": 1, "learner.warmup": 1, "algorithm.clip_low": 1}
+_BELOW: dict[str, float] = {"learner.b1": 1, "learner.b2": 1}
+
+
+def validate(config: Config) -> None:
+    """Check every field and the ways in which fields depend on each other, before any device work.
+
+    Raises:
+      ConfigError: naming each wrong field, its value and what is allowed.
+    """
+    wrong = []
+    values = flatten(config)
+
+    def need(ok: bool, field: str, allowed: str) -> None:
+        if not ok:
+            wrong.append(f"{field}={values[field]!r}: {allowed}")
+
+    for name, value in values.items():
+        if isinstance(value, float):
+            need(value == value and abs(value) != float("inf"), name, "must be a finite number")
+    for name, choices in _CHOICES.items():
+        need(values[name] in choices, name, f"must be one of {', '.join(choices)}")
+    for name, bound in _AT_LEAST.items():
+        need(values[name] >= bound, name, f"must be at least {bound:g}")
+    for name, bound in _ABOVE.items():
+        need(values[name] > bound, name, f"must be above {bound:g}")
+    for name, bound in _AT_MOST.items():
+        need(values[name] <= bound, name, f"must be at most {bound:g}")
+    for name, bound in _BELOW.items():
+        need(0 <= values[name] < bound, name, f"must be in [0, {bound:g})")
+
+    a, n = config.algorithm, config.rollout.group_size
+    need(bool(config.model.path), "model.path", "must name a Hugging Face model directory")
+    if config.data.task == "jsonl":
+        need(bool(config.data.path), "data.path", "must name a .jsonl or .jsonl.gz file")
+        need("{problem}" in config.data.prompt, "data.prompt", "must contain {problem}")
+        if not config.data.eval_path:
+            need(config.data.held_out >= 1, "data.held_out", "must be at least 1 where data.eval_path is empty")
+    if a.objective == "gvpo":
+        need(a.causal_factor == "none", "algorithm.causal_factor", "must be none with objective gvpo")
+        need(a.kappa == 0, "algorithm.kappa", "must be 0 with objective gvpo")
+        need(a.beta > 0, "algorithm.beta", "must be above 0 with objective gvpo")
+    partners = n - 1 if a.sampling == "swap" else n
+    uses_contexts = a.kappa > 0 or a.causal_factor != "none"
+    if uses_contexts:
+        need(
+            a.integrated == 0 or 2 <= a.integrated <= partners,
+            "algorithm.integrated",
+            f"must be 0 (all) or between 2 and {partners}: with one, Psi vanishes identically",
+        )
+        need(partners >= 2, "rollout.group_size", "must be at least 3 with algorithm.sampling=swap")
+        need(a.kl_targets <= n, "algorithm.kl_targets", f"must be at most rollout.group_size={n}")
+    if a.causal_factor == "bayes":
+        need(a.sampling == "shared", "algorithm.sampling", "must be shared with causal_factor bayes")
+    for step in config.train.audit_steps:
+        need(0 <= step < config.train.total_steps, "train.audit_steps", "must be in [0, train.total_steps)")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def check_paths(config: Config) -> None:
+    """Check that the named files are there.
+
+    Raises:
+      ConfigError: naming the field and the path.
+    """
+    named = [("model.path", config.model.path, "config.json")]
+    if config.data.task == "jsonl":
+        named += [("data.path", config.data.path, "")]
+        named += [("data.eval_path", config.data.eval_path, "")] if config.data.eval_path else []
+    for field, path, inside in named:
+        if not (pathlib.Path(path) / inside).exists():
+            raise ConfigError(f"{field}={path!r}: {pathlib.Path(path) / inside} does not exist")
