@@ -1,0 +1,33 @@
+"""Ragged token lists -> right-padded arrays of few distinct shapes, so that little is compiled and little padded."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The padded length of `length` tokens: a multiple of `least`, or of an eighth of the power of two below it."""
+    step = max(least, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+def chunks(lengths: Sequence[int], rows: int) -> Iterator[tuple[list[int], int]]:
+    """Cut rows of the given lengths into device calls: (row numbers, padded row count), longest first.
+
+    A call has `rows` rows, or a quarter of it where that holds all that is left: two shapes per length.
+    """
+    order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        quarter = max(1, rows // 4)
+        yield part, quarter if len(part) <= quarter else rows
+
+
+def pad_rows(rows: Sequence[Sequence[int]], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens[size, width] right-padded with 0, lengths[size]); rows beyond those given are empty."""
+    tokens = np.zeros((size, width), np.int32)
+    lengths = np.zeros(size, np.int32)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row)] = row
+        lengths[r] = len(row)
+    return tokens, lengths

@@ -1,0 +1,141 @@
+"""Prompts as token ids: the query, the integration prompt, and the leave-one-out contexts x_i.
+
+Candidates enter as the ids that the policy wrote; they are never turned into text and back. Three styles:
+
+  tiny   <q>P<try>                       <q>P<y>A_1<y>A_2<agg>               <q>P<y>A_1<agg>U<try>
+  base   "Problem: P\\n\\nAttempt:\\n"      numbered attempts, then a cue       the same, the combined solution, a cue
+  chat   the template around P           the template around all of this, one user turn
+
+where P is the problem, A_k a candidate and U an integrated output. A reply to each of the first and third is a candidate,
+so its tokens can be scored unchanged in either.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from gcpo_jax import config as config_lib
+
+Ids = list[int]
+_HOLE = "\ue000"  # private use: marks where ids go in a text that is tokenised in pieces around it
+
+
+@dataclasses.dataclass
+class ContextBuilder:
+    """Builds contexts with one tokenizer in one style.
+
+    Attributes:
+      tokenizer: a transformers tokenizer.
+      settings: see config.Contexts; "auto" is resolved at construction.
+      prompt: the user's turn, with {problem} in it.
+      end_ids: ids stripped from the end of a candidate.
+
+    Raises:
+      ConfigError: where the tokenizer cannot do the style.
+    """
+
+    tokenizer: Any
+    settings: config_lib.Contexts
+    prompt: str
+    end_ids: frozenset[int]
+
+    def __post_init__(self):
+        vocabulary = self.tokenizer.get_vocab()
+        tiny = all(t in vocabulary for t in ("<q>", "<y>", "<agg>", "<try>"))
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        style = self.settings.style
+        if style == "auto":
+            style = "tiny" if tiny else "chat" if chat else "base"
+        if style == "tiny" and not tiny:
+            raise config_lib.ConfigError("contexts.style='tiny': the tokenizer lacks <q>, <y>, <agg> or <try>")
+        if style == "chat" and not chat:
+            raise config_lib.ConfigError("contexts.style='chat': the tokenizer has no chat template")
+        self.style = style
+        self._end_of_thinking = self._ids("</think>")
+        marked = self.tokenizer.encode("a") if style == "base" else []
+        self._start = marked[: marked.index(self._ids("a")[0])] if marked else []  # <s>, where the tokenizer adds one
+        self._pieces = functools.lru_cache(maxsize=4096)(self._render)
+
+    def query(self, problem: str) -> Ids:
+        """The context of a candidate."""
+        return self._fill(("query", problem, 0), [])
+
+    def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids:
+        """The context of an integrated output y_n: the query and every candidate."""
+        return self._fill(("integrate", problem, len(candidates)), candidates)
+
+    def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids:
+        """x_i (main text of the paper): the query, the candidates but y_i, and an integrated output. A reply is a y_i."""
+        return self._fill(("leave_one_out", problem, len(others)), [*others, integrated])
+
+    def quote(self, completion: Ids) -> Ids:
+        """What of a completion stands in a context: no end ids, the part after </think> by setting, the last `cap` ids.
+
+        Empty where an answer part is asked for and missing (thinking that never ended).
+        """
+        ids = list(completion)
+        while ids and ids[-1] in self.end_ids:
+            ids.pop()
+        if self.settings.text != "full":
+            mark, width = self._end_of_thinking, len(self._end_of_thinking)
+            ends = [k + width for k in range(len(ids) - width + 1) if ids[k : k + width] == mark] if width else []
+            if ends:
+                ids = ids[ends[-1] :]
+            elif self.settings.text == "answer":
+                return []
+        return ids[-self.settings.cap :]
+
+    def _fill(self, kind: tuple[str, str, int], candidates: Sequence[Ids]) -> Ids:
+        pieces = self._pieces(*kind)
+        ids = self._start + pieces[0]
+        for candidate, piece in zip(candidates, pieces[1:], strict=True):
+            ids += candidate
+            ids += piece
+        return ids
+
+    def _render(self, kind: str, problem: str, attempts: int) -> list[Ids]:
+        problem = problem.replace(_HOLE, " ")
+        text = getattr(self, f"_{self.style}")(kind, problem, attempts)
+        return [self._ids(piece) for piece in text.split(_HOLE)]
+
+    def _ids(self, text: str) -> Ids:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _tiny(self, kind: str, problem: str, attempts: int) -> str:
+        turn = self.prompt.replace("{problem}", problem)
+        if kind == "query":
+            return f"<q>{turn}<try>"
+        listed = f"<q>{turn}" + f"<y>{_HOLE}" * attempts + "<agg>"
+        return listed if kind == "integrate" else f"{listed}{_HOLE}<try>"
+
+    def _base(self, kind: str, problem: str, attempts: int) -> str:
+        turn = self.prompt.replace("{problem}", problem)
+        if kind == "query":
+            return f"Problem: {turn}\n\nAttempt:\n"
+        listed = f"Problem: {turn}\n\n" + "".join(f"Attempt {k + 1}:\n{_HOLE}\n\n" for k in range(attempts))
+        if kind == "integrate":
+            return f"{listed}Careful final solution, using the attempts above:\n"
+        return f"{listed}Combined solution:\n{_HOLE}\n\nAnother attempt:\n"
+
+    def _chat(self, kind: str, problem: str, attempts: int) -> str:
+        turn = self.prompt.replace("{problem}", problem)
+        if kind != "query":
+            turn = (
+                f"Problem:\n{turn}\n\nBelow are {attempts} independent attempts at this problem. "
+                "Each may be right, partly right or wrong.\n\n"
+                + "".join(f"### Attempt {k + 1}\n{_HOLE}\n\n" for k in range(attempts))
+            )
+            if kind == "integrate":
+                turn += (
+                    "Compare the attempts, keep what is sound, repair what is not, and write one final solution "
+                    "in the form that the problem asks for."
+                )
+            else:
+                turn += (
+                    f"### Combined solution\n{_HOLE}\n\n"
+                    "Now solve the problem yourself, independently, in the form that it asks for."
+                )
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+        )

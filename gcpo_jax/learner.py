@@ -1,0 +1,305 @@
+"""Train state, optimizer and the jitted update.
+
+N = B * n rows of queries and candidates, S tokens a row, T completion tokens; M targets of KL', G contexts of each
+that carry gradient. One batch is one pytree of arrays; micro-batches of whole groups are differentiated in turn and
+their gradients added, exactly, because every token's weight in the loss is known beforehand.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gcpo_jax import causal, models, objectives
+from gcpo_jax.batching import bucket, pad_rows
+from gcpo_jax.config import Config, Learner
+from gcpo_jax.rollout import Actor, Experience
+from gcpo_jax.scorer import completion_logprobs
+
+
+class TrainState(NamedTuple):
+    """Everything the next update depends on. Parameters are float32 whatever the compute dtype."""
+
+    params: dict
+    opt_state: Any
+    step: jax.Array  # batches done
+
+
+class Batch(NamedTuple):
+    """A padded step of experience. Rows that only fill up the last micro-batch have weight 0."""
+
+    tokens: np.ndarray  # [N, S] query and candidate
+    prompt_lengths: np.ndarray  # [N]
+    lengths: np.ndarray  # [N]
+    weights: np.ndarray  # [N, T] of each token in the loss; sums to 1 with "sequence_mean"
+    mask: np.ndarray  # [N, T]
+    advantages: np.ndarray  # [N] B_i
+    rewards: np.ndarray  # [N]
+    real: np.ndarray  # [N] bool
+    ref_logp: np.ndarray | None  # [N, T]; None where beta is 0
+    old_logp: np.ndarray | None  # [N, T]; None with one update a batch: the old policy is the current one
+    kl: "KlBatch | None"
+
+
+class KlBatch(NamedTuple):
+    """The targets of KL' (Eq. 12-13)."""
+
+    row: np.ndarray  # [M] which row of the batch
+    weight: np.ndarray  # [M] n/k; 0 for padding
+    tokens: np.ndarray  # [M, G, S'] leave-one-out context and candidate
+    prompt_lengths: np.ndarray  # [M, G]
+    lengths: np.ndarray  # [M, G]
+    weight_x: np.ndarray  # [M, G] in π(y | x_i)
+    weight_phi: np.ndarray  # [M, G] in Φπ(y | x_i)
+    phi_rest: np.ndarray  # [M, T] the part of Φπ(y | x_i) from contexts without gradient
+    old_logp: np.ndarray | None  # [M, G, T]; None with one update a batch
+
+
+def make_optimizer(settings: Learner, updates: int) -> tuple[optax.GradientTransformation, Callable]:
+    """AdamW behind a global-norm clip, and its schedule over `updates` updates: linear warm-up, then cosine or constant."""
+    warmup = round(settings.warmup * updates)
+    if settings.schedule == "cosine":
+        after = optax.cosine_decay_schedule(settings.learning_rate, max(1, updates - warmup))
+    else:
+        after = optax.constant_schedule(settings.learning_rate)
+    # The ramp starts above zero, so the first update is not wasted.
+    ramp = optax.linear_schedule(settings.learning_rate / (warmup + 1), settings.learning_rate, max(1, warmup))
+    schedule = optax.join_schedules([ramp, after], [warmup]) if warmup else after
+    adamw = optax.adamw(
+        schedule,
+        b1=settings.b1,
+        b2=settings.b2,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw), schedule
+
+
+def _decays(path, _) -> bool:
+    name = jax.tree_util.keystr(path).lower()
+    return "norm" not in name and "bias" not in name
+
+
+def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
+    """Pad an Experience and score what the update needs and cannot know: reference, Φ's other contexts, old policy.
+
+    Args:
+      ref_params: of the frozen reference; None where beta is 0.
+    """
+    config = actor.config
+    a, n, T = config.algorithm, config.rollout.group_size, config.rollout.max_new_tokens
+    groups = max(1, config.learner.micro_batch // n)
+    real = len(exp.prompts) * n
+    N = -(-len(exp.prompts) // groups) * groups * n
+    prompts = [p for p in exp.prompts for _ in range(n)]
+    candidates = [c for group in exp.candidates.tokens for c in group]
+    T = min(T, bucket(max(map(len, candidates))))
+    rows = [[*p, *c] for p, c in zip(prompts, candidates, strict=True)]
+    tokens, lengths = pad_rows(rows, N, bucket(max(map(len, rows))))
+    prompt_lengths = np.ones(N, np.int32)
+    prompt_lengths[:real] = [len(p) for p in prompts]
+    mask = (np.arange(T)[None, :] < (lengths - prompt_lengths)[:, None]).astype(np.float32)
+    weights = np.zeros((N, T), np.float32)
+    weights[:real] = np.asarray(
+        objectives.token_weights(mask[:real].reshape(-1, n, T), a.aggregation, config.rollout.max_new_tokens)
+    ).reshape(real, T)
+
+    def fill(values, shape=(N,)):
+        out = np.zeros(shape, np.float32)
+        out[:real] = values
+        return out
+
+    ref_logp = None
+    if ref_params is not None:
+        reference = Actor(config, actor.model_config, ref_params, actor.contexts)
+        ref_logp = fill(reference.score(prompts, candidates, T), (N, T))
+    several = config.learner.updates_per_batch > 1
+    return Batch(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        lengths=np.maximum(lengths, 1),
+        weights=weights,
+        mask=mask,
+        advantages=fill(exp.scaled_advantages.reshape(-1)),
+        rewards=fill(exp.rewards.reshape(-1)),
+        real=np.arange(N) < real,
+        ref_logp=ref_logp,
+        old_logp=fill(actor.score(prompts, candidates, T), (N, T)) if several else None,
+        kl=_kl_batch(actor, exp, T, several) if exp.klc_weight.any() else None,
+    )
+
+
+def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
+    n = actor.config.rollout.group_size
+    targets = [(int(b), int(i)) for b, i in zip(*np.nonzero(exp.klc_weight), strict=True)]
+    contexts = [exp.contexts[t] for t in targets]
+    candidate = [exp.candidates.tokens[b][i] for b, i in targets]
+    with_gradient = [[c for c in cs if c.weight_x] for cs in contexts]
+    others = [(m, c) for m, cs in enumerate(contexts) for c in cs if not c.weight_x]
+    G, size = len(with_gradient[0]), max(1, actor.config.learner.micro_batch // n)
+    M = -(-len(targets) // size) * size
+
+    phi_rest = np.zeros((M, T), np.float32)
+    if others:
+        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T)
+        np.add.at(
+            phi_rest,
+            [m for m, _ in others],
+            np.array([c.weight_phi for _, c in others], np.float32)[:, None] * np.exp(logp),
+        )
+    rows = [[*c.ids, *candidate[m]] for m, cs in enumerate(with_gradient) for c in cs]
+    tokens, lengths = pad_rows(rows, M * G, bucket(max(map(len, rows))))
+    real = len(targets)
+    weight_x, weight_phi, row, weight = (
+        np.zeros((M, G), np.float32),
+        np.zeros((M, G), np.float32),
+        np.zeros(M, np.int32),
+        np.zeros(M, np.float32),
+    )
+    weight_x[:] = 1 / G  # of padding too, whose logarithm is taken
+    weight_x[:real] = [[c.weight_x for c in cs] for cs in with_gradient]
+    weight_phi[:real] = [[c.weight_phi for c in cs] for cs in with_gradient]
+    row[:real] = [b * n + i for b, i in targets]
+    weight[:real] = [exp.klc_weight[t] for t in targets]
+    prompt_lengths = np.ones(M * G, np.int32)
+    prompt_lengths[: real * G] = [len(c.ids) for cs in with_gradient for c in cs]
+    old = None
+    if several:
+        old = np.zeros((M, G, T), np.float32)
+        old[:real] = actor.score(
+            [c.ids for cs in with_gradient for c in cs], [candidate[m] for m in range(real) for _ in range(G)], T
+        ).reshape(real, G, T)
+    return KlBatch(
+        row=row,
+        weight=weight,
+        tokens=tokens.reshape(M, G, -1),
+        prompt_lengths=prompt_lengths.reshape(M, G),
+        lengths=np.maximum(lengths, 1).reshape(M, G),
+        weight_x=weight_x,
+        weight_phi=weight_phi,
+        phi_rest=phi_rest,
+        old_logp=old,
+    )
+
+
+def make_update(model_config: models.ModelConfig, config: Config, optimizer: optax.GradientTransformation) -> Callable:
+    """The jitted update(state, batch) -> (state, metrics, details); the state's buffers are reused for the result.
+
+    metrics: float32 scalars: loss, grad_norm (before the clip), entropy, clip_fraction and, where the objective has
+    them, kl, kl_causal, projected/invalid_frac (targets outside (0, 1]) and projected/shift (mean of π' - π(x_i)).
+    details: logp [N, T] of the policy before the update and, where there is KL', p_q, p_x, p_phi, projected [M, T].
+    """
+    surrogate, causal_kl = _losses(model_config, config)
+    n = config.rollout.group_size
+    groups = max(1, config.learner.micro_batch // n)
+
+    def update(state: TrainState, batch: Batch):
+        main = batch._replace(kl=None)
+        surrogate_of = functools.partial(surrogate, total_groups=jnp.sum(batch.real.astype(jnp.float32)) / n)
+        grads, loss, (logp, sums) = _accumulate(surrogate_of, state.params, main, groups * n)
+        tokens = jnp.sum(batch.mask * batch.real.astype(jnp.float32)[:, None])
+        metrics = {name: jnp.sum(value) / tokens for name, value in sums.items()}
+        details = {"logp": logp.reshape(batch.mask.shape)}
+        if batch.kl is not None:
+            kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
+            rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
+            more, kl_loss, (sums, per_token) = _accumulate(causal_kl, state.params, rows, groups)
+            grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
+            tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])
+            metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
+            details |= {name: value.reshape(rows[2].shape) for name, value in per_token.items()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step), metrics, details
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _accumulate(loss, params, rows, size):
+    """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' auxiliary outputs, stacked."""
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+
+    def add(total, part):
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, (grads, value)), aux
+
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    (grads, value), aux = jax.lax.scan(add, zero, parts)
+    return grads, value, aux
+
+
+def _losses(model_config: models.ModelConfig, config: Config):
+    """The two parts of the objective as functions of (params, some rows): their share of the loss, and what to log."""
+    a, n = config.algorithm, config.rollout.group_size
+
+    def logprobs(params, tokens, prompt_lengths, lengths, width):
+        return completion_logprobs(
+            model_config,
+            cast(params, config.model.dtype),
+            tokens,
+            prompt_lengths,
+            lengths,
+            width,
+            float(config.rollout.temperature),
+            remat=config.model.remat,
+        )
+
+    def surrogate(params, rows: Batch, total_groups):
+        """Eq. 6: the clipped surrogate (or GVPO) and β KL."""
+        logp, entropy = logprobs(params, rows.tokens, rows.prompt_lengths, rows.lengths, rows.mask.shape[1])
+        old_logp = jax.lax.stop_gradient(logp) if rows.old_logp is None else rows.old_logp
+        sums = {"entropy": jnp.sum(entropy * rows.mask)}
+        B = rows.advantages[:, None]
+        ratio = jnp.exp(jax.lax.stop_gradient(logp) - old_logp)
+        if a.objective == "gvpo":
+            grouped = [x.reshape(-1, n, *x.shape[1:]) for x in (logp, old_logp, rows.rewards, rows.mask)]
+            # A mean over the groups here, made this part's share of the mean over all; padding adds exactly nothing.
+            loss = objectives.gvpo_loss(*grouped, beta=a.beta) * (grouped[0].shape[0] / total_groups)
+            clipped = jnp.zeros_like(ratio)
+        else:
+            terms = objectives.clipped_surrogate(logp, old_logp, rows.advantages, a.clip_low, a.clip_high)
+            clipped = ((B < 0) & (ratio < 1 - a.clip_low)) | ((B > 0) & (ratio > 1 + a.clip_high))
+            if rows.ref_logp is not None:
+                kl = objectives.kl_k3(logp, rows.ref_logp)
+                terms = terms - a.beta * kl
+                sums["kl"] = jnp.sum(jax.lax.stop_gradient(kl) * rows.mask)
+            loss = -jnp.sum(terms * rows.weights)
+        sums["clip_fraction"] = jnp.sum(clipped.astype(jnp.float32) * rows.mask)
+        return loss, (jax.lax.stop_gradient(logp), sums)
+
+    def causal_kl(params, rows):
+        """Eq. 12 and 13: κ KL' of the targets, in the context x_i."""
+        kl, weights, mask, q_logp = rows
+        M, G, S = kl.tokens.shape
+        T = mask.shape[1]
+        flat = (x.reshape(M * G, *x.shape[2:]) for x in (kl.tokens, kl.prompt_lengths, kl.lengths))
+        logp = logprobs(params, *flat, T)[0].reshape(M, G, T)
+        p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
+        p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
+        p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest
+        p_q = jnp.exp(q_logp)
+        raw = causal.project(p_x, p_phi, p_q)
+        projected = causal.projected_probs(p_x, p_phi, p_q)
+        # With several contexts of x_i the policy's own probability is their mixture, as p_x is.
+        logp_x = jax.nn.logsumexp(logp, axis=1, b=kl.weight_x[..., None])
+        k3 = objectives.kl_k3(logp_x, jnp.log(projected), ratio_min=1e-3, ratio_max=10.0)
+        loss = a.kappa * jnp.sum(k3 * weights * kl.weight[:, None])
+        mask = mask * jnp.sign(kl.weight)[:, None]
+        sums = {
+            "kl_causal": jnp.sum(jax.lax.stop_gradient(k3) * mask),
+            "projected/invalid_frac": jnp.sum(((raw <= 0) | (raw > 1)).astype(jnp.float32) * mask),
+            "projected/shift": jnp.sum((p_phi - p_q) * mask),
+        }
+        return loss, (sums, {"p_q": p_q, "p_x": p_x, "p_phi": p_phi, "projected": projected})
+
+    return surrogate, causal_kl
+
+
+def cast(params: dict, dtype: str) -> dict:
+    """Parameters in the compute dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)

@@ -1,0 +1,307 @@
+"""One step's experience: candidates, integrated outputs, leave-one-out contexts, roll-outs, causal factors.
+
+B queries, n candidates y_0..y_{n-1} of each, K integrated outputs, C contexts of a target candidate, R roll-outs of
+a context, T tokens of a completion, D model width. Everything ragged stays in lists of ids; learner.batch pads it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gcpo_jax import causal, models, objectives, scorer, tasks
+from gcpo_jax.config import Config
+from gcpo_jax.contexts import ContextBuilder, Ids
+from gcpo_jax.metrics import Timers
+from gcpo_jax.sampler import Samples, sample
+
+Target = tuple[int, int]  # (query b, candidate i)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One leave-one-out context of a target, and its weight in the estimates of E[f | x_i] and of Φ."""
+
+    ids: Ids
+    weight_x: float
+    weight_phi: float
+
+
+@dataclasses.dataclass
+class Experience:
+    """What a step saw. Arrays are [B, n] unless said otherwise."""
+
+    rows: list[dict[str, Any]]
+    prompts: list[Ids]
+    candidates: Samples
+    texts: list[list[str]]
+    finished: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+    upsilon: np.ndarray
+    scaled_advantages: np.ndarray
+    active: np.ndarray  # [B] bool: rewards differ inside the group
+    integrated: list[list[Ids]]
+    integrated_rewards: list[list[float]]
+    contexts: dict[Target, list[Context]]
+    rollouts: dict[Target, list[list[Ids]]]
+    features: list[list[Ids]]  # the tokens fed to represent each candidate
+    z: np.ndarray  # [B, n, D], as z_x and z_phi
+    z_x: np.ndarray
+    z_phi: np.ndarray
+    klc_weight: np.ndarray  # n/k for the k targets of KL', else 0
+    effective_samples: float | None  # of the Bayes weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """The policy that samples: its parameters, and how prompts are made for it."""
+
+    config: Config
+    model_config: models.ModelConfig
+    params: dict
+    contexts: ContextBuilder
+
+    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key) -> Samples:
+        """n completions of each prompt at the run's temperature, top-k and top-p."""
+        rollout = self.config.rollout
+        return sample(
+            self.model_config,
+            self.params,
+            prompts,
+            key=key,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            eos_ids=self.model_config.eos_ids,
+            max_rows=rollout.max_rows,
+        )
+
+    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
+        """log π(completion | prompt) token by token, [R, width]."""
+        rollout = self.config.rollout
+        return scorer.score(
+            self.model_config,
+            self.params,
+            prompts,
+            completions,
+            width=width,
+            temperature=rollout.temperature,
+            max_rows=rollout.max_rows,
+        )
+
+    def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
+        """z of each sequence, [R, D]."""
+        return scorer.last_hidden(
+            self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows
+        )
+
+    def decode(self, completions: Sequence[Ids]) -> list[str]:
+        """Text of completions, without special tokens."""
+        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+
+
+def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers) -> Experience:
+    """Lines 5 to 11 of the paper's Algorithm 1 for one batch of problems.
+
+    Args:
+      step: updates done so far; with the run's seed it fixes every random choice here.
+
+    Raises:
+      tasks.RewardError: naming the row whose reward raised or is no finite number.
+    """
+    config, a = actor.config, actor.config.algorithm
+    B, n = len(rows), config.rollout.group_size
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    rng = np.random.default_rng([config.train.seed, step])
+    keys = {name: jax.random.fold_in(key, k) for k, name in enumerate(("candidates", "integrated", "rollouts"))}
+
+    with timers("sample"):
+        prompts = [actor.contexts.query(row["problem"]) for row in rows]
+        candidates = actor.sample(prompts, n, config.rollout.max_new_tokens, keys["candidates"])
+    with timers("reward"):
+        texts = [actor.decode(group) for group in candidates.tokens]
+        rewards = _rewards(actor, reward, prompts, texts, rows).astype(np.float32)
+    advantages = np.asarray(objectives.group_advantages(rewards, scale=a.advantage_scale))
+    active = rewards.max(1) > rewards.min(1)
+    exp = Experience(
+        rows=list(rows),
+        prompts=prompts,
+        candidates=candidates,
+        texts=texts,
+        finished=np.array([[c[-1] in actor.model_config.eos_ids for c in group] for group in candidates.tokens]),
+        rewards=rewards,
+        advantages=advantages,
+        upsilon=np.ones((B, n), np.float32),
+        scaled_advantages=advantages,
+        active=active,
+        integrated=[[] for _ in rows],
+        integrated_rewards=[[] for _ in rows],
+        contexts={},
+        rollouts={},
+        features=[[] for _ in rows],
+        **{z: np.zeros((B, n, actor.model_config.hidden_size), np.float32) for z in ("z", "z_x", "z_phi")},
+        klc_weight=np.zeros((B, n), np.float32),
+        effective_samples=None,
+    )
+    if a.kappa == 0 and a.causal_factor == "none":
+        return exp
+
+    if a.kappa > 0:
+        k = a.kl_targets or n
+        for b in range(B):
+            exp.klc_weight[b, rng.permutation(n)[:k]] = n / k
+    # A group of equal rewards has zero advantages: its causal factors could not change anything, so none is computed.
+    factor_groups = [b for b in range(B) if active[b]] if a.causal_factor != "none" else []
+    order = [rng.permutation(n) if config.contexts.permute else np.arange(n) for _ in rows]
+    with timers("integrate"):
+        needed = [b for b in range(B) if b in factor_groups or exp.klc_weight[b].any()]
+        lists = _integrate(actor, exp, order, needed, keys["integrated"])
+        for b in needed:
+            many = len(exp.integrated[b])
+            exp.integrated_rewards[b] = tasks.score(
+                reward, [_text(actor, prompts[b])] * many, actor.decode(exp.integrated[b]), [rows[b]] * many
+            )
+    with timers("contexts"):
+        with_rollouts = factor_groups if a.causal_factor == "projection" else []
+        for b in needed:
+            for i in range(n):
+                if b in with_rollouts or exp.klc_weight[b, i]:
+                    exp.contexts[b, i] = _contexts(actor, exp, lists[b], b, i)
+        targets = [(b, i) for b in with_rollouts for i in range(n)]
+        M = a.rollout_tokens or config.rollout.max_new_tokens
+        if targets and a.correction != "zero":
+            R = a.rollouts or n
+            flat = [c.ids for t in targets for c in exp.contexts[t]]
+            outputs = iter(actor.sample(flat, R, M, keys["rollouts"]).tokens)
+            exp.rollouts = {t: [next(outputs) for _ in exp.contexts[t]] for t in targets}
+    with timers("score"):
+        if factor_groups:
+            _causal_factors(actor, exp, lists, factor_groups, M, rng)
+    exp.scaled_advantages = exp.advantages * exp.upsilon
+    return exp
+
+
+def _text(actor: Actor, prompt: Ids) -> str:
+    return actor.contexts.tokenizer.decode(prompt)
+
+
+def _rewards(actor, reward, prompts, texts, rows) -> np.ndarray:
+    n = len(texts[0])
+    flat = tasks.score(
+        reward,
+        [_text(actor, p) for p in prompts for _ in range(n)],
+        [t for group in texts for t in group],
+        [r for r in rows for _ in range(n)],
+    )
+    return np.array(flat).reshape(len(rows), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """The candidates of one query as they stand in its contexts: those with something to quote, in this order."""
+
+    order: list[int]
+    quoted: dict[int, Ids]
+
+    def without(self, *left_out: int) -> list[Ids]:
+        return [self.quoted[k] for k in self.order if k not in left_out]
+
+
+def _integrate(actor, exp, order, needed, key) -> dict[int, _Listing]:
+    """Sample the integrated outputs: L of one context ("shared"), or u_k of all candidates but k ("swap")."""
+    a, n = actor.config.algorithm, actor.config.rollout.group_size
+    lists = {}
+    for b in needed:
+        quoted = {k: actor.contexts.quote(exp.candidates.tokens[b][k]) for k in range(n)}
+        lists[b] = _Listing([int(k) for k in order[b] if quoted[int(k)]], quoted)
+    problem = {b: exp.rows[b]["problem"] for b in needed}
+    T = actor.config.rollout.max_new_tokens
+    if a.sampling == "shared":
+        prompts = [actor.contexts.integrate(problem[b], lists[b].without()) for b in needed]
+        for b, outputs in zip(needed, actor.sample(prompts, a.integrated or n, T, key).tokens, strict=True):
+            exp.integrated[b] = outputs
+    else:
+        prompts = [actor.contexts.integrate(problem[b], lists[b].without(k)) for b in needed for k in range(n)]
+        outputs = actor.sample(prompts, 1, T, key).tokens
+        for at, b in enumerate(needed):
+            exp.integrated[b] = [o[0] for o in outputs[at * n : (at + 1) * n]]
+    return lists
+
+
+def _contexts(actor, exp, listing, b, i) -> list[Context]:
+    a, n = actor.config.algorithm, actor.config.rollout.group_size
+    problem = exp.rows[b]["problem"]
+
+    def context(left_out, integrated, weight_x, weight_phi):
+        quoted = actor.contexts.quote(exp.integrated[b][integrated])
+        ids = actor.contexts.leave_one_out(problem, listing.without(*left_out), quoted)
+        return Context(ids, weight_x, weight_phi)
+
+    if a.sampling == "shared":
+        # x_{i,l}: the first integrated output is y_n itself, so its context is also the one of x_i.
+        L = len(exp.integrated[b])
+        return [context((i,), m, float(m == 0), 1 / L) for m in range(L)]
+    # Swap: u_k has seen y_i, u_i has seen y_k in its place; neither candidate is listed. Given the rest, the two are
+    # exchangeable, so u_i's contexts average to Φ of u_k's.
+    partners = [(i + 1 + m) % n for m in range(a.integrated or n - 1)]
+    L = len(partners)
+    return [context((i, k), k, 1 / L, 0.0) for k in partners] + [context((i, k), i, 0.0, 1 / L) for k in partners]
+
+
+def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
+    """Fill z, z_x, z_phi and Υ (Eq. 11) of the groups whose rewards differ."""
+    a, n = actor.config.algorithm, actor.config.rollout.group_size
+    for b in groups:
+        # Where a roll-out is shorter than a completion, compare its representation with that of an equally long end.
+        exp.features[b] = [ids[-M:] for ids in exp.candidates.tokens[b]]
+    flat = [exp.features[b][i] for b in groups for i in range(n)]
+    outputs = [o for b in groups for i in range(n) for group in exp.rollouts.get((b, i), []) for o in group]
+    hidden = actor.last_hidden(flat + outputs)
+    D = hidden.shape[1]
+    exp.z[groups] = hidden[: len(flat)].reshape(len(groups), n, D)
+    at = len(flat)
+    if a.causal_factor == "bayes":
+        _bayes(actor, exp, lists, groups)
+    elif exp.rollouts:
+        for b in groups:
+            for i in range(n):
+                contexts, rolled = exp.contexts[b, i], exp.rollouts[b, i]
+                means = hidden[at : at + len(contexts) * len(rolled[0])].reshape(len(contexts), -1, D).mean(1)
+                at += len(contexts) * len(rolled[0])
+                exp.z_x[b, i] = np.array([c.weight_x for c in contexts], np.float32) @ means
+                exp.z_phi[b, i] = np.array([c.weight_phi for c in contexts], np.float32) @ means
+    z, z_x, z_phi = exp.z[groups], exp.z_x[groups], exp.z_phi[groups]
+    if a.correction == "permuted":
+        # The control of the ablation: corrections of the right size that belong to other candidates.
+        noise = (z_x - z_phi).reshape(-1, D)[rng.permutation(len(groups) * n)].reshape(z.shape)
+        z_x, z_phi = noise, np.zeros_like(noise)
+        exp.z_x[groups], exp.z_phi[groups] = z_x, z_phi
+    upsilon = causal.causal_factor(z, z_x, z_phi, alpha=a.alpha, similarity=a.similarity)
+    exp.upsilon[groups] = np.maximum(upsilon, 0.0) if a.clip_negative else upsilon
+
+
+def _bayes(actor, exp, lists, groups) -> None:
+    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n (ALGORITHMS F12)."""
+    n = actor.config.rollout.group_size
+    prompts, replies = [], []
+    for b in groups:
+        quoted, order = lists[b].quoted, lists[b].order
+        for i in range(n):
+            for k in range(n):
+                listed = [quoted[k] if m == i else quoted[m] for m in order]
+                prompts.append(actor.contexts.integrate(exp.rows[b]["problem"], [c for c in listed if c]))
+                replies.append(exp.integrated[b][0])
+    distinct = list(dict.fromkeys((tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)))
+    logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], max(map(len, replies)))
+    total = {pair: float(row.sum()) for pair, row in zip(distinct, logp, strict=True)}
+    loglik = np.array([total[tuple(p), tuple(r)] for p, r in zip(prompts, replies, strict=True)], np.float32)
+    lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
+    weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
+    exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])
+    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # exactly Φ of the above under these weights' own law
+    exp.effective_samples = float(np.mean(np.asarray(effective)))
