@@ -26,7 +26,6 @@ class TrainState(NamedTuple):
 
     params: dict
     opt_state: Any
-    step: jax.Array  # batches done
 
 
 class Batch(NamedTuple):
@@ -215,7 +214,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step), metrics, details
+        return TrainState(params, opt_state), metrics, details
 
     return jax.jit(update, donate_argnums=0)
 

@@ -1,0 +1,173 @@
+"""python -m gcpo_jax.train --config configs/tiny.py:gcpo --workdir runs/mine
+
+train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+from absl import app, flags
+from ml_collections import config_flags
+
+from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, rollout, rundir, tasks
+from gcpo_jax import config as config_lib
+from gcpo_jax.contexts import ContextBuilder
+
+DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
+    """Run, or resume, one run in `workdir`: metrics, completions and checkpoints, and policy/ at its end.
+
+    Returns:
+      True at the end of the run, False where SIGTERM or Ctrl-C ended it after a save.
+
+    Raises:
+      ConfigError, tasks.DataError: for bad settings, files or data, before any device work.
+      tasks.RewardError: when a reward raises or is not finite; the last checkpoint stays.
+    """
+    # Whatever can be wrong is looked at before the device is.
+    config_lib.validate(config)
+    config_lib.check_paths(config)
+    model_config = models.read_config(config.model.path, config.model.dtype)
+    contexts = make_contexts(config, model_config)
+    reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
+    task = tasks.build(config.data, config.train.seed)
+    problems, too_long = within_limit(config, contexts, task.train)
+    held_out, _ = within_limit(config, contexts, task.held_out)
+    run = rundir.open_run(workdir, config)
+
+    _, params = models.load_pretrained(config.model.path, "float32")
+    a, mu = config.algorithm, config.learner.updates_per_batch
+    ref_params = learner.cast(params, config.model.dtype) if a.beta > 0 and a.objective == "clipped" else None
+    optimizer, schedule = learner.make_optimizer(config.learner, config.train.total_steps * mu)
+    update = learner.make_update(model_config, config, optimizer)
+    state = learner.TrainState(jax.tree.map(jax.numpy.copy, params), optimizer.init(params))
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    if start:
+        state, _ = checkpoints.restore(start, state)
+    log = metrics.Log(workdir, resume_at=start, total=config.train.total_steps)
+    log.say(f"{len(problems)} problems, {too_long} too long, {len(held_out)} held out; from step {start}")
+
+    def actor() -> rollout.Actor:
+        return rollout.Actor(config, model_config, learner.cast(state.params, config.model.dtype), contexts)
+
+    def evaluation() -> dict[str, float]:
+        rows = [held_out[k] for k in range(min(len(held_out), config.evaluation.problems))]
+        result = evaluate.accuracy(actor(), reward, answer, rows, config.evaluation.samples)
+        return {f"eval/{name}": value for name, value in result.items()}
+
+    with checkpoint.Preemption() as preemption:
+        if start == 0:
+            log.write({"step": 0} | evaluation())
+        for step in range(start, config.train.total_steps):
+            timers = metrics.Timers()
+            # Algorithm 1, line 2: a batch of queries; lines 3 to 11: everything sampled from the old policy.
+            indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
+            old_policy = actor()
+            exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
+            with timers("score"):
+                batch = learner.make_batch(old_policy, ref_params, exp)
+            # Line 15: the update, μ times on the same batch.
+            with timers("update"):
+                for inner in range(mu):
+                    state, values, details = update(state, batch)
+                    if inner == 0:
+                        first, first_details = jax.device_get((values, details))
+                values = jax.device_get(values)
+            row = metrics.summarise(config, exp, batch, first | _inner(values, mu), first_details, timers)
+            row |= {"step": step + 1, "learning_rate": float(schedule(step * mu))}
+            if step in config.train.audit_steps:
+                path = workdir / "audit" / f"step_{step:06d}.npz"
+                audit.write(path, config, exp, batch, first_details, float(first["loss"]))
+            last = step + 1 == config.train.total_steps
+            if last or (config.evaluation.every and (step + 1) % config.evaluation.every == 0):
+                with timers("eval"):
+                    row |= evaluation()
+            log.write(row, metrics.readable(exp, step + 1, config.train.log_groups))
+            if last or preemption.requested or (step + 1) % config.checkpoint.every == 0:
+                checkpoints.save(step + 1, state, {"step": step + 1})
+            if preemption.requested and not last:
+                checkpoints.close()
+                log.say(f"stopped by a signal, saved at step {step + 1}; the same command goes on from there")
+                return False
+        checkpoints.close()
+    models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
+    log.say(f"done: {workdir / 'policy'} is the trained policy")
+    run.close()
+    return True
+
+
+def _inner(values: dict[str, Any], mu: int) -> dict[str, Any]:
+    """Clip fraction and KL say something only after the first of several updates on a batch: report the last one's."""
+    return {k: values[k] for k in ("clip_fraction",)} if mu > 1 else {}
+
+
+def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -> ContextBuilder:
+    """The context builder of a model directory.
+
+    Raises:
+      ConfigError: where there is no tokenizer, or no end id to stop at.
+    """
+    path = config.model.path
+    if not model_config.eos_ids:
+        raise config_lib.ConfigError(f"model.path={path!r}: config.json and generation_config.json name no eos_token_id")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {error}") from error
+    return ContextBuilder(tokenizer, config.contexts, config.data.prompt, frozenset(model_config.eos_ids))
+
+
+def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: tasks.Problems):
+    """The problems whose prompt has at most rollout.max_prompt_tokens tokens, and how many have more.
+
+    Raises:
+      tasks.DataError: where data.too_long is "refuse", naming a problem; or where none is left.
+    """
+    limit = config.rollout.max_prompt_tokens
+    kept, dropped = [], 0
+    for k in range(len(problems)):
+        row = problems[k]
+        length = len(contexts.query(row["problem"]))
+        if length <= limit:
+            kept.append(row)
+            continue
+        dropped += 1
+        if config.data.too_long == "refuse":
+            raise tasks.DataError(
+                f"problem {row['id']!r} has {length} prompt tokens; rollout.max_prompt_tokens={limit} "
+                "(data.too_long=drop leaves such problems out)"
+            )
+    if not kept:
+        raise tasks.DataError(f"none of {len(problems)} problems fits rollout.max_prompt_tokens={limit}")
+    return kept, dropped
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    flag = flags.FLAGS["config"]
+    file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
+    workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
+    try:
+        train(flags.FLAGS.config, pathlib.Path(workdir))
+    except (config_lib.ConfigError, tasks.DataError, tasks.RewardError, checkpoint.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run() -> None:
+    """Parse flags and go; the entry point of `gcpo-train`."""
+    config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "a file of configs/, with :preset if wanted")
+    flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()
