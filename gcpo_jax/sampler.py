@@ -175,7 +175,7 @@ def _sample(
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, jnp.where(done, model_config.pad_id, drawn), t, axis=2)
         logps = jax.lax.dynamic_update_index_in_dim(logps, jnp.where(done, 0.0, logp), t, axis=2)
         length = length + jnp.where(done, 0, 1)
-        done = done | (drawn[..., None] == ends).any(-1)
+        done = done | jnp.isin(drawn, ends)
         hidden, cache = models.decode_step(model_config, params, drawn, t, lengths, prompt_cache, cache)
         return t + 1, hidden, cache, tokens, logps, length, done
 

@@ -1,0 +1,21 @@
+"""Flax NNX ports of Qwen2/2.5, Qwen3 and Llama; nothing here knows of reinforcement learning."""
+
+from gcpo_jax.models.config import ModelConfig, ModelError, read_config
+from gcpo_jax.models.decode import decode_step, init_cache, prefill
+from gcpo_jax.models.io import load_pretrained, save_pretrained
+from gcpo_jax.models.qwen import encode, forward, init_params, unembed
+
+__all__ = [
+    "ModelConfig",
+    "ModelError",
+    "decode_step",
+    "encode",
+    "forward",
+    "init_cache",
+    "init_params",
+    "load_pretrained",
+    "prefill",
+    "read_config",
+    "save_pretrained",
+    "unembed",
+]

@@ -1,0 +1,201 @@
+"""Hugging Face directories: read, checked tensor by tensor, and written back."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gcpo_jax.models.config import ModelConfig, ModelError, read_config, to_hf
+from gcpo_jax.models.qwen import Params, shapes
+
+Transform = Callable[[np.ndarray], np.ndarray]
+_keep: Transform = lambda w: w  # noqa: E731
+_transpose: Transform = lambda w: w.T  # noqa: E731
+
+# Their name -> (our path, transform both ways). `L` stands for the layer's number.
+_NAMES: list[tuple[str, str, Transform]] = [
+    ("model.embed_tokens.weight", "embed", _keep),
+    ("model.norm.weight", "final_norm.weight", _keep),
+    ("lm_head.weight", "unembed", _transpose),
+    ("model.layers.L.input_layernorm.weight", "layers.attention_norm.weight", _keep),
+    ("model.layers.L.post_attention_layernorm.weight", "layers.mlp_norm.weight", _keep),
+    *((f"model.layers.L.self_attn.{x}_proj.weight", f"layers.attention.{x}.kernel", _transpose) for x in "qkvo"),
+    *((f"model.layers.L.self_attn.{x}_proj.bias", f"layers.attention.{x}.bias", _keep) for x in "qkv"),
+    *((f"model.layers.L.self_attn.{x}_norm.weight", f"layers.attention.{x}_norm.weight", _keep) for x in "qk"),
+    *((f"model.layers.L.mlp.{x}_proj.weight", f"layers.{x}.kernel", _transpose) for x in ("gate", "up", "down")),
+]
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old exports carry
+_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*", "generation_config.json")
+
+
+def _flat(tree: Params, prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _nested(flat: dict[str, jax.Array]) -> Params:
+    tree: Params = {}
+    for path, value in flat.items():
+        *sections, name = path.split(".")
+        at = tree
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[name] = value
+    return tree
+
+
+def _plan(config: ModelConfig) -> dict[str, tuple[str, int | None, Transform, tuple[int, ...]]]:
+    """Their name -> (our path, layer, transform, their shape) of every tensor that the model has."""
+    ours = {path: spec.shape for path, spec in _flat(shapes(config))}
+    plan = {}
+    for name, path, transform in _NAMES:
+        if path not in ours:
+            continue
+        if ".L." in name:
+            shape = ours[path][1:]
+            for layer in range(config.num_layers):
+                plan[name.replace(".L.", f".{layer}.")] = (path, layer, transform, shape)
+        else:
+            plan[name] = (path, None, transform, ours[path])
+    return {
+        name: (path, layer, transform, shape[::-1] if transform is _transpose else shape)
+        for name, (path, layer, transform, shape) in plan.items()
+    }
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of shards: {error!r}") from None
+        missing = [n for n in names if not (path / n).exists()]
+        if missing:
+            raise ModelError(f"{index} names files that do not exist: {', '.join(missing)}")
+        return [path / n for n in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path} holds no *.safetensors file")
+    return files
+
+
+def _canonical(name: str, plan) -> str:
+    """Directories saved from the bare decoder lack the prefix "model."."""
+    return name if name in plan or f"model.{name}" not in plan else f"model.{name}"
+
+
+def load_pretrained(
+    path: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """Read a Hugging Face directory of the Qwen2, Qwen3 or Llama family, one file or shards.
+
+    Args:
+      dtype: of the parameters returned: "float32" | "bfloat16".
+      mesh: where to place them, replicated; None: the default device.
+
+    Raises:
+      ModelError: naming every missing, unknown and misshapen tensor, or what else is wrong with the directory.
+    """
+    path = pathlib.Path(path)
+    config = read_config(path, dtype)
+    plan = _plan(config)
+    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    found: dict[str, np.ndarray] = {}
+    seen, faults = set(), []
+    for file in _files(path):
+        try:
+            reader = safe_open(file, framework="np")
+        except Exception as error:  # safetensors raises its own class and OSError alike
+            raise ModelError(f"{file} cannot be read: {error}") from None
+        with reader as tensors:
+            for theirs in tensors.keys():  # noqa: SIM118 - not a mapping
+                name = _canonical(theirs, plan)
+                if name not in plan:
+                    if not (_IGNORED.match(name) or (name == "lm_head.weight" and config.tied_embeddings)):
+                        faults.append(f"unknown {theirs}")
+                    continue
+                our_path, layer, transform, shape = plan[name]
+                given = tuple(tensors.get_slice(theirs).get_shape())
+                seen.add(name)
+                if given != shape:
+                    faults.append(f"{theirs} has shape {list(given)}, not {list(shape)}")
+                    continue
+                value = transform(tensors.get_tensor(theirs)).astype(target)
+                if layer is None:
+                    found[our_path] = np.ascontiguousarray(value)
+                else:
+                    if our_path not in found:
+                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
+                    found[our_path][layer] = value
+    faults += [f"missing {name}" for name in plan if name not in seen]
+    if faults:
+        raise ModelError(f"{path} does not hold a {config.family} of this config.json: {'; '.join(faults)}")
+    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+
+
+def save_pretrained(
+    path: str | pathlib.Path,
+    model_config: ModelConfig,
+    params: Params,
+    source: str | pathlib.Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a directory that transformers and vLLM load; an older one there is replaced once the new one is whole.
+
+    Args:
+      source: a directory whose tokenizer, chat template and generation config are carried along.
+      max_shard_bytes: above this, several files and model.safetensors.index.json.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    flat = dict(_flat(params))
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = total = 0
+    for name, (our_path, layer, transform, _) in _plan(model_config).items():
+        value = np.asarray(flat[our_path] if layer is None else flat[our_path][layer])
+        value = np.ascontiguousarray(transform(value))
+        if size and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size, total = size + value.nbytes, total + value.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, partial / file, metadata={"format": "pt"})
+    hf = to_hf(model_config) | {"torch_dtype": str(np.asarray(flat["embed"][:0]).dtype)}
+    (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    generation = {"eos_token_id": list(model_config.eos_ids), "pad_token_id": model_config.pad_id}
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for pattern in _CARRIED if source is not None else ():
+        for file in pathlib.Path(source).glob(pattern):
+            shutil.copyfile(file, partial / file.name)
+    for file in partial.iterdir():
+        file.chmod(0o644)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""Qwen2, Qwen3 and Llama as one block, stacked and scanned.
+
+Axes: R rows, S positions, D model width, H query heads, K key/value heads, G = H / K, A head_dim, V vocabulary.
+Modules are Flax NNX and only define the block; parameters are a plain dict of arrays, layers stacked on axis 0.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gcpo_jax.models.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+def rms_norm(x, weight, eps: float):
+    """x / rms(x) * weight over the last axis, in float32 up to the weight."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * _along_last(weight, x)
+
+
+class RMSNorm(nnx.Module):
+    """rms_norm with a weight of its own."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x):
+        """Normalise the last axis."""
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x):
+        """Map the last axis."""
+        y = jnp.einsum("...d,df->...f", x, self.kernel[...])
+        return y if self.bias is None else y + _along_last(self.bias[...], y)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. Positions and keys come from the caller, so decoding and scoring share it."""
+
+    def __init__(self, c: ModelConfig):
+        self.c = c
+        self.q = Linear(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias)
+        self.k = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None
+
+    def project(self, x, positions):
+        """x[..., D] -> q[..., K, G, A], k[..., K, A], v[..., K, A], rotated to positions[...]."""
+        c = self.c
+        q = self.q(x).reshape(*x.shape[:-1], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+        k = self.k(x).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+        v = self.v(x).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, positions[..., None, None], c), rotate(k, positions[..., None], c), v
+
+
+class Block(nnx.Module):
+    """Attention and a gated MLP, each behind a norm and a residual."""
+
+    def __init__(self, c: ModelConfig):
+        self.attention_norm = RMSNorm(c.hidden_size, c.rms_eps)
+        self.attention = Attention(c)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_eps)
+        self.gate = Linear(c.hidden_size, c.intermediate_size)
+        self.up = Linear(c.hidden_size, c.intermediate_size)
+        self.down = Linear(c.intermediate_size, c.hidden_size)
+
+    def __call__(self, x, positions, attend: Callable):
+        """attend(q, k, v) -> (heads[..., K, G, A], whatever else it wants returned)."""
+        heads, extra = attend(*self.attention.project(self.attention_norm(x), positions))
+        x = x + self.attention.o(heads.reshape(*x.shape[:-1], -1))
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), extra
+
+
+def _along_last(vector, like):
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def rotate(x, positions, c: ModelConfig):
+    """Rotary embedding of x[..., A], half-split; positions broadcast over x's other axes. Angles in float32."""
+    half = c.head_dim // 2
+    frequencies = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * _along_last(frequencies, positions[..., None])
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@functools.cache
+def _definition(c: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The block's static part and the shapes of its parameters; nothing is allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Block(c)), nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def block(c: ModelConfig, layer: Params) -> Block:
+    """One layer's parameters as a module."""
+    return nnx.merge(_definition(c)[0], layer)
+
+
+def shapes(c: ModelConfig) -> Params:
+    """The parameter tree as jax.ShapeDtypeStruct."""
+    dtype = jnp.dtype(c.dtype)
+    tree: Params = {
+        "embed": jax.ShapeDtypeStruct((c.vocab_size, c.hidden_size), dtype),
+        "final_norm": {"weight": jax.ShapeDtypeStruct((c.hidden_size,), dtype)},
+        "layers": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]
+        ),
+    }
+    if not c.tied_embeddings:
+        tree["unembed"] = jax.ShapeDtypeStruct((c.hidden_size, c.vocab_size), dtype)
+    return tree
+
+
+def init_params(model_config: ModelConfig, seed: int = 0) -> Params:
+    """Random parameters: matrices normal with standard deviation 0.02, biases 0, norms 1."""
+    tree = shapes(model_config)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    keys = jax.random.split(jax.random.key(seed), len(paths))
+
+    def one(path, spec, key):
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.ones(spec.shape, spec.dtype)
+        if "bias" in name:
+            return jnp.zeros(spec.shape, spec.dtype)
+        return (0.02 * jax.random.normal(key, spec.shape)).astype(spec.dtype)
+
+    return treedef.unflatten([one(p, s, k) for (p, s), k in zip(paths, keys, strict=True)])
+
+
+def embed(params: Params, tokens):
+    """Token ids to vectors."""
+    return params["embed"][tokens]
+
+
+def final_norm(c: ModelConfig, params: Params, x):
+    """The norm after the last layer."""
+    return rms_norm(x, params["final_norm"]["weight"], c.rms_eps)
+
+
+def attention(q, k, v, mask):
+    """q[..., Q, K, G, A], k and v[..., S, K, A], mask broadcastable to [..., 1, 1, Q, S] -> [..., Q, K, G, A]; softmax in float32."""
+    scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("...kgqs,...ska->...qkga", weights, v)
+
+
+def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: bool, keep_cache: bool):
+    """Hidden states [R, S, D] after the final norm and, if asked for, every layer's keys and values [L, R, K, S, A]."""
+    R, S = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(S)[None, :], (R, S))
+    causal = jnp.tril(jnp.ones((S, S), bool))[None, :, :]
+    visible = causal & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
+
+    def attend(q, k, v):
+        heads = attention(q, k, v, visible[:, None, None])
+        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+
+    def layer(x, layer_params):
+        return block(c, layer_params)(x, positions, attend)
+
+    x, cache = jax.lax.scan(jax.checkpoint(layer) if remat else layer, embed(params, tokens), params["layers"])
+    return final_norm(c, params, x), cache
+
+
+def encode(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "R S"],
+    lengths: Int[Array, " R"],
+    remat: bool = False,
+) -> Float[Array, "R S D"]:
+    """Hidden states after the final norm; those at or beyond a row's length mean nothing."""
+    return run_layers(model_config, params, tokens, lengths, remat, keep_cache=False)[0]
+
+
+def unembed(model_config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """Logits in float32."""
+    if model_config.tied_embeddings:
+        return jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,dv->...v", hidden, params["unembed"], preferred_element_type=jnp.float32)
+
+
+def forward(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "R S"],
+    lengths: Int[Array, " R"],
+    remat: bool = False,
+) -> tuple[Float[Array, "R S V"], Float[Array, "R S D"]]:
+    """(logits, hidden states after the final norm) of right-padded rows; padding never influences real tokens."""
+    hidden = encode(model_config, params, tokens, lengths, remat)
+    return unembed(model_config, params, hidden), hidden

@@ -1,0 +1,28 @@
+"""Few shapes, nothing lost."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcpo_jax.batching import bucket, chunks, pad_rows
+
+
+@given(st.integers(1, 40_000))
+def test_buckets_hold_and_waste_at_most_an_eighth(length):
+    size = bucket(length)
+    assert length <= size < length + max(16, length / 8 + 1)
+    assert bucket(size) == size
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=50), st.integers(1, 16))
+def test_chunks_cover_every_row_once_in_two_shapes(lengths, rows):
+    parts = list(chunks(lengths, rows))
+    assert sorted(r for part, _ in parts for r in part) == list(range(len(lengths)))
+    assert {size for _, size in parts} <= {rows, max(1, rows // 4)}
+    assert all(len(part) <= size for part, size in parts)
+
+
+def test_rows_are_right_padded():
+    tokens, lengths = pad_rows([[5, 6], [7]], 3, 4)
+    np.testing.assert_array_equal(tokens, [[5, 6, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(lengths, [2, 1, 0])
