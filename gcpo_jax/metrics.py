@@ -1,0 +1,146 @@
+"""Where a run's numbers go: metrics.jsonl, completions.jsonl, a progress line; timers; the device's peak rate."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Timers:
+    """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """{"time/PHASE_s": seconds}, with "time/step_s" since construction."""
+        seconds = self._seconds | {"step": time.perf_counter() - self._began}
+        return {f"time/{phase}_s": value for phase, value in seconds.items()}
+
+
+class Log:
+    """Appends to metrics.jsonl and completions.jsonl in `workdir`, and tells a person how far the run is.
+
+    Args:
+      resume_at: rows of later steps, and a torn last line, are dropped, so no step stands twice.
+      total: steps of the whole run, for the time left.
+
+    Raises:
+      OSError: where the files cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_at: int, total: int, quiet: bool = False):
+        self._metrics, self._completions = workdir / "metrics.jsonl", workdir / "completions.jsonl"
+        self._total, self._quiet, self._seconds = total, quiet, []
+        for path in (self._metrics, self._completions):
+            keep_until(path, resume_at)
+
+    def write(self, row: dict[str, Any], completions: Sequence[dict[str, Any]] = ()) -> None:
+        """One step: its metrics (numbers that are not finite become null) and its readable groups."""
+        for completion in completions:
+            append(self._completions, completion)
+        append(self._metrics, row)
+        if "reward/mean" in row:
+            self._seconds = [*self._seconds, row["time/step_s"]][-20:]
+        self._progress(row)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def _progress(self, row: dict[str, Any]) -> None:
+        parts = [f"step {row['step']}/{self._total}"]
+        if "reward/mean" in row:
+            parts.append(f"reward {row['reward/mean']:.3f}")
+        if row.get("upsilon/mean") is not None:
+            parts.append(f"upsilon {row['upsilon/mean']:.2f}")
+        if row.get("kl") is not None:
+            parts.append(f"kl {row['kl']:.4f}")
+        if self._seconds and "reward/mean" in row:
+            usual = sorted(self._seconds)[len(self._seconds) // 2]
+            left = usual * (self._total - row["step"])
+            parts.append(f"{row['time/step_s']:.1f} s, {int(left // 60)}:{int(left % 60):02d} left")
+        if "eval/pass@1" in row:
+            parts.append(
+                f"held out: pass@1 {row['eval/pass@1']:.3f}±{row['eval/pass@1_se']:.3f} "
+                f"greedy {row['eval/greedy']:.3f} majority {row['eval/majority']:.3f}"
+            )
+        self.say("  ".join(parts))
+
+
+def append(path: pathlib.Path, row: dict[str, Any]) -> None:
+    """One line of JSON, on disk when this returns."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_until(path: pathlib.Path, step: int) -> None:
+    """Drop rows with a later step, and a torn last line; the file is replaced whole or not at all."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+# Dense matrix peaks in FLOP/s (bfloat16 except where said) from the makers' data sheets.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@functools.cache
+def peak_flops(dtype: str) -> float:
+    """The rate that mfu is relative to: the data sheet's, or for other devices that of a 1024³ product measured here."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])):
+        if kind.startswith(name):
+            return peak
+    a = jnp.ones((1024, 1024), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        rates.append(2 * 1024**3 / (time.perf_counter() - began))
+    return max(rates)
