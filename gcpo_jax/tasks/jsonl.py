@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import math
 import pathlib
 import zlib
 from typing import Any
@@ -34,8 +35,8 @@ def read(path: pathlib.Path, field: str) -> bytes:
 def parse(content: bytes, name: str, problem_field: str, answer_field: str) -> list[Row]:
     """The rows of a JSONL file, in its order; blank lines are passed over.
 
-    Each is {"id", "problem", "answer", "original"}: "id" is the source's id as text, or LINE-k; "answer" is text, where the
-    source has a number str() of it; "original" is the row as the file has it.
+    Each is {"id", "problem", "answer", "original"}: "id" is the source's id as text, or LINE-k (ids may repeat);
+    "answer" is text, str() of it where the source has a number; "original" is the row as the file has it.
 
     Raises:
       DataError: naming the file and the line of the first wrong row; or for a file without rows.
@@ -68,8 +69,8 @@ def _row(line: bytes, k: int, problem_field: str, answer_field: str) -> Row:
     if not isinstance(problem, str):
         raise ValueError(f"field {problem_field!r} must be a string, not {_short(problem)}")
     answer = _field(source, answer_field, "data.answer_field")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"field {answer_field!r} must be a string or a number, not {_short(answer)}")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer in (math.inf, -math.inf):
+        raise ValueError(f"field {answer_field!r} must be a string or a finite number, not {_short(answer)}")
     name = source.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise ValueError(f"field 'id' must be a string or an integer, not {_short(name)}")

@@ -30,8 +30,8 @@ class Task:
 def build(data: config.Data, seed: int) -> Task:
     """The problems that `data` names, prepared on disk if they are not yet.
 
-    A row has every field of its source, "id", "problem" and "answer" as text, and for a JSONL file "original": the row as
-    the file has it. `seed` changes nothing here: every run of the same data is measured on the same held-out problems.
+    A row has every field of its source, "id", "problem" and "answer" as text, and for a JSONL file "original": the row
+    as the file has it. `seed` changes nothing here: all runs of the same data are measured on the same held-out rows.
 
     Raises:
       DataError: naming file and line, or the setting.
@@ -51,8 +51,8 @@ def batch_indices(size: int, queries: int, step: int, seed: int) -> list[int]:
     """The problems of one step: `queries` numbers below `size`.
 
     Every epoch is a fresh permutation of all problems, a batch may straddle epochs, and nothing but these four numbers
-    decides: a resumed run needs no state. (grain's MapDataset.shuffle().repeat() gives the same properties from the same
-    integer, for more than a second of import and no shorter code.)
+    decides: a resumed run needs no state. (grain's MapDataset.shuffle().repeat() has these properties too, for half a
+    second of import and no shorter code.)
     """
     places = range(step * queries, (step + 1) * queries)
     epochs = {place // size for place in places}
@@ -108,8 +108,8 @@ def _prepare(data: config.Data, splits: dict[str, list[Row]], directory: pathlib
                 raise
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"data.directory={data.directory!r}: a prepared data set cannot be written below {directory.parent}: {error}; "
-            "name a directory that can be written to"
+            f"data.directory={data.directory!r}: a prepared data set cannot be written below {directory.parent}: "
+            f"{error}; name a directory that can be written to"
         ) from error
     finally:
         if aside is not None:

@@ -3,22 +3,24 @@ r"""A plain mathematics reward: the last \boxed{...}, or else the last number, a
 import fractions
 import re
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
-BOXED = re.compile(r"\\f?boxed\s*\{")
+# A minus belongs to the number unless something stands before it: the last number of "9-4" is 4.
+NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
+BRACES = re.compile(r"\\f?boxed\s*\{|(?<!\\)[{}]")
 
 
 def answer(completion: str) -> str | None:
     r"""The content of the last closed \boxed{...} (braces may nest), else the last number, else None."""
-    for start in reversed([match.end() for match in BOXED.finditer(completion)]):
-        depth = 1
-        for end in range(start, len(completion)):
-            # Two characters that LaTeX escapes are braces of the text, not of the group.
-            if completion[end] in "{}" and completion[end - 1] != "\\":
-                depth += 1 if completion[end] == "{" else -1
-            if depth == 0:
-                return _plain(completion[start:end]) or None
-    found = NUMBER.findall(completion)
-    return _plain(found[-1]) if found else None
+    opened, last, content = [], -1, ""
+    for brace in BRACES.finditer(completion):
+        if brace[0] != "}":
+            opened.append((brace.end(), len(brace[0]) > 1))
+        elif opened:
+            start, boxed = opened.pop()
+            if boxed and start > last:
+                last, content = start, completion[start : brace.start()]
+    if last < 0:
+        content = ([""] + NUMBER.findall(completion))[-1]
+    return _plain(content) or None
 
 
 def _plain(text: str) -> str:
@@ -26,18 +28,15 @@ def _plain(text: str) -> str:
     return text.replace(",", "") if NUMBER.fullmatch(text) else text
 
 
-def _number(text: str) -> fractions.Fraction | None:
+def _value(text: str) -> fractions.Fraction | str:
     try:
-        return fractions.Fraction(text) if NUMBER.fullmatch(text) else None
-    except ZeroDivisionError:
-        return None
+        return fractions.Fraction(text) if NUMBER.fullmatch(text) else text
+    except (ValueError, ZeroDivisionError):  # more digits than int() takes; n/0
+        return text
 
 
 def reward(prompt: str, completion: str, row: dict) -> float:
     """1 where the completion's answer is the row's: as numbers where both are, else as text; 0 otherwise."""
     del prompt
-    given, right = answer(completion), _plain(row["answer"])
-    if given is None:
-        return 0.0
-    numbers = _number(given), _number(right)
-    return float(given == right if None in numbers else numbers[0] == numbers[1])
+    given = answer(completion)
+    return float(given is not None and _value(given) == _value(_plain(row["answer"])))
