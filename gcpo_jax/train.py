@@ -3,6 +3,8 @@
 train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
 """
 
+import logging
+import os
 import pathlib
 import sys
 
@@ -152,10 +154,19 @@ def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: 
     return kept, dropped
 
 
+def cache_compilations() -> None:
+    """Keep compiled programs in the user's cache directory, so that only the first run of a recipe compiles them."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "gcpo_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    cache_compilations()
     flag = flags.FLAGS["config"]
     file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
