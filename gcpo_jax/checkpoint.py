@@ -60,7 +60,7 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Start saving. When this returns the arrays of `state` may be donated; the files come later.
+        """Start saving, unless the step is there already. Afterwards `state` may be donated; the files come later.
 
         Args:
           state: a pytree of arrays.
@@ -70,6 +70,8 @@ class Checkpoints:
           CheckpointError: where this save cannot start, or the one before failed (full disk, ...).
         """
         self._wait()
+        if step in self._steps():
+            return
         arrays = _flatten(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),

@@ -100,6 +100,16 @@ def test_only_the_newest_are_kept_across_resumes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5"]
 
 
+def test_a_step_that_is_saved_or_being_saved_is_not_saved_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(1), {"first": True})
+    checkpoints.save(1, make_state(2), {})
+    state, metadata = checkpoints.restore(1, make_state())
+    assert metadata == {"first": True}
+    assert_same(state, make_state(1))
+    checkpoints.close()
+
+
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     scribble = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 7, state), donate_argnums=0)
