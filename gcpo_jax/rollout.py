@@ -100,9 +100,9 @@ class Actor:
             self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows
         )
 
-    def decode(self, completions: Sequence[Ids]) -> list[str]:
-        """Text of completions, without special tokens."""
-        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    def decode(self, completions: Sequence[Ids], skip_special: bool = True) -> list[str]:
+        """Text of completions, without special tokens unless they are asked for."""
+        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=skip_special) for ids in completions]
 
 
 def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers) -> Experience:
