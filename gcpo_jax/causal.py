@@ -45,7 +45,7 @@ def causal_factor(
         value = jnp.exp(-0.5 * jnp.minimum(distance / jnp.maximum(s, 1e-12), 1e6) ** 2)
     else:
         raise ValueError(f"similarity={similarity!r}: must be cosine, euclidean or gaussian")
-    return alpha * value
+    return jnp.asarray(alpha, jnp.float32) * value
 
 
 def _norm(x):

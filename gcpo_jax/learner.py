@@ -213,7 +213,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
             details |= {name: value.reshape(rows[2].shape) for name, value in per_token.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), metrics, details
 
     return jax.jit(update, donate_argnums=0)
@@ -276,8 +276,8 @@ def _losses(model_config: models.ModelConfig, config: Config):
         kl, weights, mask, q_logp = rows
         M, G, _ = kl.tokens.shape
         T = mask.shape[1]
-        flat = (x.reshape(M * G, *x.shape[2:]) for x in (kl.tokens, kl.prompt_lengths, kl.lengths))
-        logp = logprobs(params, *flat, T)[0].reshape(M, G, T)
+        tokens, prompt_lengths, lengths = kl.tokens.reshape(M * G, -1), kl.prompt_lengths.ravel(), kl.lengths.ravel()
+        logp = logprobs(params, tokens, prompt_lengths, lengths, T)[0].reshape(M, G, T)
         p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
         p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
         p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest

@@ -19,18 +19,16 @@ MAX_LOG_RATIO = 20.0
 MIN_LOG_RATIO = -1e6
 
 
-def _f32(*arrays):
-    out = tuple(jnp.asarray(a, jnp.float32) for a in arrays)
-    return out if len(out) > 1 else out[0]
+def _f32(array: ArrayLike) -> Array:
+    return jnp.asarray(array, jnp.float32)
 
 
-def _only(mask, *arrays):
-    """The arrays with 0 where the mask is 0, before anything is computed of them: 0 * the derivative of NaN is NaN."""
-    mask, *arrays = _f32(mask, *arrays)
-    return tuple(jnp.where(mask > 0, a, 0.0) for a in arrays)
+def _only(mask: ArrayLike, array: ArrayLike, fill: float = 0.0) -> Array:
+    """The array, with `fill` where the mask is 0. Before anything is computed of it: 0 times NaN' would be NaN."""
+    return jnp.where(_f32(mask) > 0, _f32(array), fill)
 
 
-def _centred(x):
+def _centred(x: Array) -> Array:
     # Differences to the first: their mean is exact for equal values, where mean(x) may round.
     x = x - x[..., :1]
     return x - x.mean(-1, keepdims=True)
@@ -60,7 +58,7 @@ def group_advantages(
     return centred / jnp.where(divisor > 0, divisor, 1.0)
 
 
-def _need_a_group(rewards):
+def _need_a_group(rewards: Array) -> None:
     if rewards.shape[-1] < 2:
         raise ValueError(f"a group of {rewards.shape[-1]} has no spread; at least 2 candidates are needed")
 
@@ -73,9 +71,8 @@ def clipped_surrogate(
     clip_high: Scalar = 0.2,
 ) -> Float[Array, "*batch T"]:
     """min(ρ B, clip(ρ, 1 - ε_low, 1 + ε_high) B) per token with ρ = exp(logp - old_logp): Eq. 6 and 9, to maximise."""
-    logp, old_logp, b = _f32(logp, old_logp, advantages)
-    b = b[..., None]
-    rho = jnp.exp(jnp.minimum(logp - old_logp, MAX_LOG_RATIO))
+    b = _f32(advantages)[..., None]
+    rho = jnp.exp(jnp.minimum(_f32(logp) - _f32(old_logp), MAX_LOG_RATIO))
     return jnp.minimum(rho * b, jnp.clip(rho, 1 - clip_low, 1 + clip_high) * b)
 
 
@@ -90,10 +87,9 @@ def kl_k3(
     Args:
       ratio_min, ratio_max: bounds of r; outside them the gradient is 0.
     """
-    logp, target_logp = _f32(logp, target_logp)
     low = jnp.maximum(jnp.log(jnp.float32(ratio_min)), MIN_LOG_RATIO)
     high = jnp.minimum(jnp.log(jnp.float32(ratio_max)), 2 * MAX_LOG_RATIO)
-    u = jnp.clip(target_logp - logp, low, high)
+    u = jnp.clip(_f32(target_logp) - _f32(logp), low, high)
     return jnp.expm1(u) - u
 
 
@@ -129,8 +125,7 @@ def aggregate(
 ) -> Float[Array, ""]:
     """One number from per-token values; see token_weights."""
     # Masked values may be anything, infinite ones too: they are dropped before they are weighed.
-    (values,) = _only(mask, values)
-    return jnp.sum(values * token_weights(mask, how, constant))
+    return jnp.sum(_only(mask, values) * token_weights(mask, how, constant))
 
 
 def gvpo_loss(
@@ -147,8 +142,7 @@ def gvpo_loss(
     """
     rewards = _f32(rewards)
     _need_a_group(rewards)
-    logp, old_logp = _only(mask, logp, old_logp)
-    implicit = beta * jnp.sum(logp - old_logp, axis=-1)
+    implicit = _f32(beta) * jnp.sum(_only(mask, logp) - _only(mask, old_logp), axis=-1)
     residual = _centred(implicit) - _centred(rewards)
     return jnp.mean(0.5 * jnp.sum(residual**2, axis=-1) / (rewards.shape[-1] - 1))
 
@@ -171,11 +165,10 @@ def grpo_loss(
     Raises:
       ValueError: for a beta without ref_logp.
     """
-    logp, old_logp = _only(mask, logp, old_logp)
+    logp, old_logp = _only(mask, logp), _only(mask, old_logp)
     terms = clipped_surrogate(logp, old_logp, advantages, clip_low, clip_high)
     if ref_logp is not None:
-        (ref_logp,) = _only(mask, ref_logp)
-        terms = terms - beta * kl_k3(logp, ref_logp)
+        terms = terms - beta * kl_k3(logp, _only(mask, ref_logp))
     elif beta:
         raise ValueError(f"beta={beta} needs ref_logp")
     return -aggregate(terms, mask, how, constant)
@@ -207,9 +200,9 @@ def gcpo_loss(
     loss = grpo_loss(logp, old_logp, scaled_advantages, mask, **grpo)
     if logp_x is not None and projected is not None and klc_weight is not None:
         weight = _f32(klc_weight)[..., None]
-        target = _f32(mask) * weight > 0
-        (logp_x,) = _only(target, logp_x)
-        k3 = kl_k3(logp_x, jnp.log(jnp.where(target, _f32(projected), 1.0)), ratio_min=1e-3, ratio_max=10.0)
+        used = _f32(mask) * weight
+        target_logp = jnp.log(_only(used, projected, fill=1.0))
+        k3 = kl_k3(_only(used, logp_x), target_logp, ratio_min=1e-3, ratio_max=10.0)
         how = {name: grpo[name] for name in ("how", "constant") if name in grpo}
         loss = loss + kappa * aggregate(k3 * weight, mask, **how)
     elif kappa:

@@ -59,6 +59,8 @@ def make_trainer(directory: str, loss_type: str, beta: float, scale: str = "grou
             loss_type=loss_type,
             beta=beta,
             scale_rewards=scale,
+            # Its default weighs the KL term by the importance ratio (DeepSeek-V3.2); Eq. 6 does not.
+            use_bias_correction_kl=False,
         ),
     )
 
@@ -85,9 +87,8 @@ def loss_and_gradient(trainer: trl.GRPOTrainer, case: dict, old: bool, parts: in
         if old:
             inputs["old_per_token_logps"] = torch.tensor(case["old_logp"][part])
         loss = trainer._compute_loss(trainer.model, inputs)
-        loss.backward()
+        gradient += torch.autograd.grad(loss, logp)[0].tolist()
         total += float(loss.detach())
-        gradient += logp.grad.tolist()
     return {"loss": total, "gradient": gradient}
 
 
