@@ -1,7 +1,8 @@
 """The audit file: every quantity of one step, in the form that another framework needs to compute it again.
 
 Integers are int32, ragged axes are padded with -1 (0 for floats); B queries, n candidates, C contexts of a target,
-R roll-outs, T tokens of the longest candidate. See docs/audit.md for what each array means and scripts/audit.py for a check of all of them.
+R roll-outs, T tokens of the longest candidate. docs/audit.md says what each array means; scripts/audit.py computes
+all of them again.
 """
 
 import os
