@@ -15,6 +15,7 @@ Held-out problems are never trained on. README.md in the output directory record
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -65,7 +66,11 @@ def integrate(candidates: list[str], right: str, rng: np.random.Generator) -> st
 
 
 def make_row(kind: str, problem: dict, rng: np.random.Generator, habit: float, slips: float) -> tuple[str, str]:
-    """(context, reply) of one training row."""
+    """(context, reply) of one training row; the loss is on the reply.
+
+    A row of "integrate" is trained on from its first candidate on: each of them is a demonstration too, and reading the
+    earlier ones teaches to copy.
+    """
 
     def draw() -> str:
         return arithmetic.demonstrate(problem["problem"], rng, habit, slips)
@@ -77,7 +82,7 @@ def make_row(kind: str, problem: dict, rng: np.random.Generator, habit: float, s
     group = [draw() for _ in range(n)]
     combined = integrate(group, problem["answer"], rng)
     if kind == "integrate":
-        return f"<q>{text}" + "".join(f"<y>{y}" for y in group) + "<agg>", combined
+        return f"<q>{text}", "".join(f"<y>{y}" for y in group) + f"<agg>{combined}"
     # The swap estimator lists one candidate less than its integrated output has read.
     if n > 2 and rng.random() < 0.3:
         group = group[:-1]
@@ -91,8 +96,8 @@ def main() -> None:
     p.add_argument("--out", type=pathlib.Path, required=True)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=400)
-    p.add_argument("--queries", type=int, default=96, help="query rows a step; a multiple of 16")
-    p.add_argument("--contexts", type=int, default=12, help="integration rows a step, and as many leave-one-out rows")
+    p.add_argument("--queries", type=int, default=48, help="query rows a step; a multiple of 16")
+    p.add_argument("--contexts", type=int, default=20, help="integration rows a step, and as many x_i rows; a multiple of 4")
     p.add_argument("--habit", type=float, default=0.55, help="share of demonstrations without the brackets")
     p.add_argument("--slips", type=float, default=0.1, help="share with one step off")
     p.add_argument("--learning-rate", type=float, default=2e-2)
@@ -122,7 +127,7 @@ def _matrices(path, leaf):
     return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
 
 
-WIDTHS = {"query": 32, "integrate": 128, "leave_one_out": 128}  # padded lengths
+WIDTHS = {"query": (32, 16), "integrate": (128, 112), "leave_one_out": (128, 16)}  # padded row, padded reply
 CHUNK = 512  # tokens differentiated at a time: what a core's cache holds, 3 times faster than all at once
 
 
@@ -141,14 +146,17 @@ def train(args, config, params, tokenizer):
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
-    def loss(params, rows):
+    def loss(params, rows, width):
         tokens, starts, lengths = rows
-        return -scorer.completion_logprobs(config, params, tokens, starts, lengths, 16)[0].sum(), None
+        return -scorer.completion_logprobs(config, params, tokens, starts, lengths, width)[0].sum(), None
 
     @jax.jit
     def step(params, state, batches):
-        parts = [learner.accumulate(loss, params, b, CHUNK // b[0].shape[1])[:2] for b in batches]
-        count = sum((b[2] - b[1]).sum() for b in batches).astype(jnp.float32)
+        parts = [
+            learner.accumulate(functools.partial(loss, width=WIDTHS[kind][1]), params, b, CHUNK // WIDTHS[kind][0])[:2]
+            for kind, b in batches.items()
+        ]
+        count = sum((b[2] - b[1]).sum() for b in batches.values()).astype(jnp.float32)
         grads, value = jax.tree.map(lambda *x: sum(x) / count, *parts)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
@@ -157,13 +165,12 @@ def train(args, config, params, tokenizer):
         chosen = rng.integers(len(problems), size=size)
         rows = [make_row(kind, problems[k], rng, args.habit, args.slips) for k in chosen]
         ids = [(tokenizer.encode(c), tokenizer.encode(r + "$")) for c, r in rows]
-        tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, WIDTHS[kind])
+        tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, WIDTHS[kind][0])
         return tokens, np.array([len(c) for c, _ in ids], np.int32), lengths
 
     state, began = optimizer.init(params), time.time()
     for k in range(args.steps):
-        batches = [batch("query", args.queries), batch("integrate", args.contexts)]
-        batches.append(batch("leave_one_out", args.contexts))
+        batches = {kind: batch(kind, args.queries if kind == "query" else args.contexts) for kind in WIDTHS}
         params, state, value = step(params, state, batches)
         if (k + 1) % 25 == 0 or k + 1 == args.steps:
             value = float(value)
