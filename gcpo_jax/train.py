@@ -36,7 +36,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     model_config = models.read_config(config.model.path, config.model.dtype)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
-    task = tasks.build(config.data, config.train.seed)
+    task = tasks.build(config.data)
     problems, too_long = within_limit(config, contexts, task.train)
     held_out, _ = within_limit(config, contexts, task.held_out)
     run = rundir.open_run(workdir, config)
