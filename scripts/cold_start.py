@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
@@ -89,12 +90,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=pathlib.Path, required=True)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=500)
+    p.add_argument("--steps", type=int, default=400)
     p.add_argument("--queries", type=int, default=96, help="query rows a step; a multiple of 16")
     p.add_argument("--contexts", type=int, default=12, help="integration rows a step, and as many leave-one-out rows")
-    p.add_argument("--habit", type=float, default=0.58, help="share of demonstrations without the brackets")
-    p.add_argument("--slips", type=float, default=0.15, help="share with one step off")
-    p.add_argument("--learning-rate", type=float, default=2e-3)
+    p.add_argument("--habit", type=float, default=0.55, help="share of demonstrations without the brackets")
+    p.add_argument("--slips", type=float, default=0.1, help="share with one step off")
+    p.add_argument("--learning-rate", type=float, default=2e-2)
     p.add_argument("--measure", type=int, default=1024, help="held-out problems to measure the start on; 0: none")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -115,17 +116,30 @@ def main() -> None:
         report(args, config, params, tokenizer)
 
 
+def _matrices(path, leaf):
+    """Which axes of a stacked layer matrix [L, in, out] Muon takes for its matrix; None: Adam."""
+    kernel = leaf.ndim == 3 and "kernel" in jax.tree_util.keystr(path)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
+
+
 WIDTHS = {"query": 32, "integrate": 128, "leave_one_out": 128}  # padded lengths
 CHUNK = 512  # tokens differentiated at a time: what a core's cache holds, 3 times faster than all at once
 
 
 def train(args, config, params, tokenizer):
-    """AdamW with a cosine; each step sees query, integration and leave-one-out rows."""
+    """Muon on the layers' matrices, Adam on the rest, with a cosine; a step sees query, integration and x_i rows."""
     rng = np.random.default_rng(args.seed)
     problems, _ = arithmetic.problems()
     warmup = max(1, args.steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
+    # AdamW needs about three times the steps to learn the same arithmetic.
+    muon = optax.contrib.muon(
+        schedule,
+        adam_b2=0.95,
+        adam_learning_rate=lambda step: schedule(step) / 10,
+        muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(_matrices, tree),
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
     def loss(params, rows):
         tokens, starts, lengths = rows

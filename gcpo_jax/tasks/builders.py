@@ -16,6 +16,11 @@ from gcpo_jax.tasks.jsonl import Row
 tfds.disable_progress_bar()
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: these data sets are in no bucket, and asking leaves a temporary directory behind."""
+
+
 class _Problems(tfds.core.GeneratorBasedBuilder):
     """A record is one row as JSON text, so that any field of it reaches the reward."""
 
@@ -28,7 +33,7 @@ class _Problems(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         # The order is kept: shuffling is the training loop's.
         features = tfds.features.FeaturesDict({"row": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return _Info(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager

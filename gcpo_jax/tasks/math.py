@@ -19,7 +19,7 @@ def answer(completion: str) -> str | None:
             if boxed and start > last:
                 last, content = start, completion[start : brace.start()]
     if last < 0:
-        content = ([""] + NUMBER.findall(completion))[-1]
+        content = ["", *NUMBER.findall(completion)][-1]
     return _plain(content) or None
 
 

@@ -46,7 +46,7 @@ def resolve_reward(path: str) -> Reward:
       ConfigError: where there is no such module or function, or where importing the module fails.
     """
     module, name = _resolve(path)
-    function = getattr(module, name, None)
+    function: Reward | None = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"data.reward={path!r}: {module.__name__} has no function {name!r}")
     return function
@@ -55,7 +55,7 @@ def resolve_reward(path: str) -> Reward:
 def resolve_answer(path: str) -> Answer:
     """The function `answer(completion)` beside a reward, which majority votes compare; else the text itself."""
     module, _ = _resolve(path)
-    function = getattr(module, "answer", None)
+    function: Answer | None = getattr(module, "answer", None)
     return function if callable(function) else lambda completion: completion.strip() or None
 
 
