@@ -52,7 +52,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     start = checkpoints.latest() or 0
     if start:
         state, _ = checkpoints.restore(start, state)
-    log = metrics.Log(workdir, resume_at=start, total=config.train.total_steps)
+    # A run that begins again measures its start again: -1 drops that row too.
+    log = metrics.Log(workdir, resume_at=start or -1, total=config.train.total_steps)
     log.say(f"{len(problems)} problems, {too_long} too long, {len(held_out)} held out; from step {start}")
 
     def actor() -> rollout.Actor:
