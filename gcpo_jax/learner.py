@@ -199,14 +199,14 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     def update(state: TrainState, batch: Batch):
         main = batch._replace(kl=None)
         surrogate_of = functools.partial(surrogate, total_groups=jnp.sum(batch.real.astype(jnp.float32)) / n)
-        grads, loss, (logp, sums) = _accumulate(surrogate_of, state.params, main, groups * n)
+        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, groups * n)
         tokens = jnp.sum(batch.mask * batch.real.astype(jnp.float32)[:, None])
         metrics = {name: jnp.sum(value) / tokens for name, value in sums.items()}
         details = {"logp": logp.reshape(batch.mask.shape)}
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
             rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
-            more, kl_loss, (sums, per_token) = _accumulate(causal_kl, state.params, rows, groups)
+            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, groups)
             grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
             tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])
             metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
@@ -219,7 +219,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     return jax.jit(update, donate_argnums=0)
 
 
-def _accumulate(loss, params, rows, size):
+def accumulate(loss, params, rows, size):
     """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' other outputs, stacked."""
     parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
 

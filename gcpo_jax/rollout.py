@@ -45,7 +45,9 @@ class Experience:
     active: np.ndarray  # [B] bool: rewards differ inside the group
     integrated: list[list[Ids]]
     integrated_rewards: list[list[float]]
+    order: list[list[int]]  # of each query: its candidates as its contexts list them
     contexts: dict[Target, list[Context]]
+    bayes_contexts: dict[Target, list[Ids]]  # candidate k in slot i of the integration context, k = 0..n-1
     rollouts: dict[Target, list[list[Ids]]]
     features: list[list[Ids]]  # the tokens fed to represent each candidate
     z: np.ndarray  # [B, n, D], as z_x and z_phi
@@ -100,9 +102,9 @@ class Actor:
             self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows
         )
 
-    def decode(self, completions: Sequence[Ids]) -> list[str]:
-        """Text of completions, without special tokens."""
-        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    def decode(self, completions: Sequence[Ids], skip_special: bool = True) -> list[str]:
+        """Text of completions, without special tokens unless they are asked for."""
+        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=skip_special) for ids in completions]
 
 
 def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers) -> Experience:
@@ -141,7 +143,9 @@ def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], 
         active=active,
         integrated=[[] for _ in rows],
         integrated_rewards=[[] for _ in rows],
+        order=[[] for _ in rows],
         contexts={},
+        bayes_contexts={},
         rollouts={},
         features=[[] for _ in rows],
         **{z: np.zeros((B, n, actor.model_config.hidden_size), np.float32) for z in ("z", "z_x", "z_phi")},
@@ -219,6 +223,7 @@ def _integrate(actor, exp, order, needed, key) -> dict[int, _Listing]:
     for b in needed:
         quoted = {k: actor.contexts.quote(exp.candidates.tokens[b][k]) for k in range(n)}
         lists[b] = _Listing([int(k) for k in order[b] if quoted[int(k)]], quoted)
+        exp.order[b] = lists[b].order
     problem = {b: exp.rows[b]["problem"] for b in needed}
     T = actor.config.rollout.max_new_tokens
     if a.sampling == "shared":
@@ -292,10 +297,12 @@ def _bayes(actor, exp, lists, groups) -> None:
     for b in groups:
         quoted, order = lists[b].quoted, lists[b].order
         for i in range(n):
-            for k in range(n):
-                listed = [quoted[k] if m == i else quoted[m] for m in order]
-                prompts.append(actor.contexts.integrate(exp.rows[b]["problem"], [c for c in listed if c]))
-                replies.append(exp.integrated[b][0])
+            listed = [[quoted[k] if m == i else quoted[m] for m in order] for k in range(n)]
+            exp.bayes_contexts[b, i] = [
+                actor.contexts.integrate(exp.rows[b]["problem"], [c for c in cs if c]) for cs in listed
+            ]
+            prompts += exp.bayes_contexts[b, i]
+            replies += [exp.integrated[b][0]] * n
     distinct = list(dict.fromkeys((tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)))
     logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], max(map(len, replies)))
     total = {pair: float(row.sum()) for pair, row in zip(distinct, logp, strict=True)}

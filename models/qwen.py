@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -99,7 +100,8 @@ def _along_last(vector, like):
 def rotate(x, positions, c: ModelConfig):
     """Rotary embedding of x[..., A], half-split; positions broadcast over x's other axes. Angles in float32."""
     half = c.head_dim // 2
-    frequencies = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # A constant, rounded once: at position 32,768 one unit in the last place of a device's power is 1e-3 rad.
+    frequencies = jnp.asarray(c.rope_theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * _along_last(frequencies, positions[..., None])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)

@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import transformers
-from tokenizers import Tokenizer, decoders, models as token_models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import evaluate, models, scorer
+from gcpo_jax import evaluate, learner, models, scorer
 from gcpo_jax.batching import pad_rows
 from gcpo_jax.contexts import ContextBuilder
 from gcpo_jax.rollout import Actor
@@ -76,7 +78,7 @@ def make_row(kind: str, problem: dict, rng: np.random.Generator, habit: float, s
     combined = integrate(group, problem["answer"], rng)
     if kind == "integrate":
         return f"<q>{text}" + "".join(f"<y>{y}" for y in group) + "<agg>", combined
-    # The swap estimator lists one candidate less: its integrated output has seen the target and has not seen all others.
+    # The swap estimator lists one candidate less than its integrated output has read.
     if n > 2 and rng.random() < 0.3:
         group = group[:-1]
     listed = "".join(f"<y>{y}" for y in group[1:])
@@ -88,12 +90,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=pathlib.Path, required=True)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=500)
-    p.add_argument("--queries", type=int, default=128, help="query rows a step")
-    p.add_argument("--contexts", type=int, default=16, help="integration rows a step, and as many leave-one-out rows")
-    p.add_argument("--habit", type=float, default=0.58, help="share of demonstrations without the brackets")
-    p.add_argument("--slips", type=float, default=0.15, help="share with one step off")
-    p.add_argument("--learning-rate", type=float, default=2e-3)
+    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--queries", type=int, default=96, help="query rows a step; a multiple of 16")
+    p.add_argument("--contexts", type=int, default=12, help="integration rows a step, and as many leave-one-out rows")
+    p.add_argument("--habit", type=float, default=0.55, help="share of demonstrations without the brackets")
+    p.add_argument("--slips", type=float, default=0.1, help="share with one step off")
+    p.add_argument("--learning-rate", type=float, default=2e-2)
     p.add_argument("--measure", type=int, default=1024, help="held-out problems to measure the start on; 0: none")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -114,43 +116,59 @@ def main() -> None:
         report(args, config, params, tokenizer)
 
 
+def _matrices(path, leaf):
+    """Which axes of a stacked layer matrix [L, in, out] Muon takes for its matrix; None: Adam."""
+    kernel = leaf.ndim == 3 and "kernel" in jax.tree_util.keystr(path)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
+
+
+WIDTHS = {"query": 32, "integrate": 128, "leave_one_out": 128}  # padded lengths
+CHUNK = 512  # tokens differentiated at a time: what a core's cache holds, 3 times faster than all at once
+
+
 def train(args, config, params, tokenizer):
-    """AdamW with a cosine on three batches of one length each per step."""
+    """Muon on the layers' matrices, Adam on the rest, with a cosine; a step sees query, integration and x_i rows."""
     rng = np.random.default_rng(args.seed)
     problems, _ = arithmetic.problems()
     warmup = max(1, args.steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
+    # AdamW needs about three times the steps to learn the same arithmetic.
+    muon = optax.contrib.muon(
+        schedule,
+        adam_b2=0.95,
+        adam_learning_rate=lambda step: schedule(step) / 10,
+        muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(_matrices, tree),
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
-    def loss(params, batches):
-        total, count = jnp.float32(0), jnp.float32(0)
-        for tokens, starts, lengths in batches:
-            width = 16
-            logp, _ = scorer.completion_logprobs(config, params, tokens, starts, lengths, width)
-            total, count = total - logp.sum(), count + (lengths - starts).sum().astype(jnp.float32)
-        return total / count
+    def loss(params, rows):
+        tokens, starts, lengths = rows
+        return -scorer.completion_logprobs(config, params, tokens, starts, lengths, 16)[0].sum(), None
 
     @jax.jit
     def step(params, state, batches):
-        value, grads = jax.value_and_grad(loss)(params, batches)
+        parts = [learner.accumulate(loss, params, b, CHUNK // b[0].shape[1])[:2] for b in batches]
+        count = sum((b[2] - b[1]).sum() for b in batches).astype(jnp.float32)
+        grads, value = jax.tree.map(lambda *x: sum(x) / count, *parts)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def batch(kind, size, width):
-        rows = [make_row(kind, problems[k], rng, args.habit, args.slips) for k in rng.integers(len(problems), size=size)]
+    def batch(kind, size):
+        chosen = rng.integers(len(problems), size=size)
+        rows = [make_row(kind, problems[k], rng, args.habit, args.slips) for k in chosen]
         ids = [(tokenizer.encode(c), tokenizer.encode(r + "$")) for c, r in rows]
-        tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, width)
+        tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, WIDTHS[kind])
         return tokens, np.array([len(c) for c, _ in ids], np.int32), lengths
 
     state, began = optimizer.init(params), time.time()
     for k in range(args.steps):
-        batches = [batch("query", args.queries, 32)]
-        if args.contexts:
-            batches += [batch("integrate", args.contexts, 160), batch("leave_one_out", args.contexts, 160)]
+        batches = [batch("query", args.queries), batch("integrate", args.contexts)]
+        batches.append(batch("leave_one_out", args.contexts))
         params, state, value = step(params, state, batches)
         if (k + 1) % 25 == 0 or k + 1 == args.steps:
+            value = float(value)
             left = (time.time() - began) / (k + 1) * (args.steps - k - 1)
-            print(f"step {k + 1}/{args.steps}  loss {float(value):.3f}  {left:.0f} s left", flush=True)
+            print(f"step {k + 1}/{args.steps}  loss {value:.3f}  {left:.0f} s left", flush=True)
     return params
 
 
