@@ -45,7 +45,8 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(out / family, dtype=torch.float32).eval()
         with torch.no_grad():
             result = model(torch.tensor(TOKENS), output_hidden_states=True)
-        expected: dict[str, Any] = dict(tokens=TOKENS, logits=result.logits.numpy(), hidden=result.hidden_states[-1].numpy())
+        hidden = result.hidden_states[-1].numpy()
+        expected: dict[str, Any] = dict(tokens=TOKENS, logits=result.logits.numpy(), hidden=hidden)
         np.savez(out / family / "expected.npz", **expected)
 
 
