@@ -212,8 +212,9 @@ def holds_query(own: Ids, prompt: Ids, context: Ids, tokenizer) -> bool:
     if not own:
         match = difflib.SequenceMatcher(None, prompt, context, autojunk=False).find_longest_match()
         return 2 * match.size >= len(prompt)
-    merged = contains(context, own[1:-1]) and tokenizer.decode(own).strip() in tokenizer.decode(context)
-    return contains(context, own) or merged
+    if contains(context, own):
+        return True
+    return contains(context, own[1:-1]) and tokenizer.decode(own).strip() in tokenizer.decode(context)
 
 
 def contains(ids: Ids, run: Ids) -> bool:
