@@ -131,11 +131,13 @@ def quote(s: Step, tokenizer, end_ids: set[int], completion: Ids) -> Ids:
     while ids and ids[-1] in end_ids:
         ids.pop()
     if s.config["contexts.text"] != "full":
-        mark = tokenizer.encode("</think>", add_special_tokens=False)
-        found = [k for k in range(len(ids)) if ids[k : k + len(mark)] == mark]
-        if not found and s.config["contexts.text"] == "answer":
+        marks = tokenizer.decode(ids).count("</think>")
+        if not marks and s.config["contexts.text"] == "answer":
             return []
-        ids = ids[found[-1] + len(mark) :] if found else ids
+        if marks:
+            # The shortest beginning whose text has every mark ends where the answer begins.
+            ends = (k for k in range(len(ids) + 1) if tokenizer.decode(ids[:k]).count("</think>") == marks)
+            ids = ids[next(ends) :]
     return ids[-s.config["contexts.cap"] :]
 
 
