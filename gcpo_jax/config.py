@@ -92,7 +92,7 @@ class Learner:
     """AdamW and how a batch is cut up."""
 
     learning_rate: float = 1e-6
-    schedule: str = "cosine"  # "cosine" (to zero at the last update) | "constant", both after a linear warm-up
+    schedule: str = "cosine"  # "cosine" (to zero one update after the last) | "constant", both after a linear warm-up
     warmup: float = 0.1  # share of all updates
     weight_decay: float = 0.01
     b1: float = 0.9

@@ -310,5 +310,5 @@ def _bayes(actor, exp, lists, groups) -> None:
     lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
     weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
     exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])
-    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # exactly Φ of the above under these weights' own law
+    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # Φ of the above, were the weights untempered
     exp.effective_samples = float(np.mean(np.asarray(effective)))
