@@ -56,7 +56,9 @@ def _check_recipe(argv: list[str]) -> None:
     file = value.partition(":")[0]
     # ml_collections would go on with an object that fails at its first use.
     if file and not pathlib.Path(file).is_file():
-        raise config_lib.ConfigError(f"--config={value!r}: there is no such file; gcpo_jax came with those in {RECIPES}")
+        raise config_lib.ConfigError(
+            f"--config={value!r}: there is no such file; gcpo_jax came with those in {RECIPES}"
+        )
 
 
 def _check_names(argv: list[str]) -> None:

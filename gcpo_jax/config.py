@@ -250,11 +250,11 @@ def validate(config: Config) -> None:
         kind, value = type(default), values[name]
         # An override of a tuple takes any words, and a recipe is Python: neither is checked before.
         if kind is list:
-            need(
-                isinstance(value, list) and all(type(v) is int for v in value), name, "must be whole numbers: 0, or 0,5"
-            )
+            ok = isinstance(value, list) and all(type(v) is int for v in value)
+            need(ok, name, "must be whole numbers: 0, or 0,5")
         else:
-            need(type(value) is kind or (kind is float and type(value) is int), name, f"must be of type {kind.__name__}")
+            ok = type(value) is kind or (kind is float and type(value) is int)
+            need(ok, name, f"must be of type {kind.__name__}")
     if wrong:
         raise ConfigError("; ".join(wrong))
     for name, value in values.items():

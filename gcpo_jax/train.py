@@ -144,7 +144,7 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
     # Without its files, transformers makes one that knows no text and says nothing.
     if not tokenizer.encode("1", add_special_tokens=False):
         raise config_lib.ConfigError(
-            f"model.path={path!r}: no tokenizer can be read there: what it makes of text is empty; is tokenizer.json there?"
+            f"model.path={path!r}: no tokenizer can be read there: it makes nothing of text; is tokenizer.json there?"
         )
     return ContextBuilder(tokenizer, config.contexts, config.data.prompt, frozenset(model_config.eos_ids))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def write_rows(path: pathlib.Path, rows) -> pathlib.Path:
 
 
 def command_on(platform: str, directory: pathlib.Path):
-    """run(config=..., workdir=..., **{"section.field": value}) -> (exit code, what it said), and the process behind it."""
+    """run(config=..., workdir=..., **{"section.field": value}) -> (exit code, what it said); the process behind it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": platform, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -179,7 +180,7 @@ def test_prompts_that_are_too_long_are_refused_where_asked_or_where_none_is_left
     ("name", "value", "words"),
     [
         ("rollout.group_size", 1, "rollout.group_size=1: must be at least 2"),
-        ("rollout.group_sise", 4, "--config.rollout.group_sise: there is no such field; the nearest is rollout.group_size"),
+        ("rollout.group_sise", 4, "rollout.group_sise: there is no such field; the nearest is rollout.group_size"),
         ("rolout.queries", 4, "--config.rolout.queries: there is no such field"),
         ("rollout.queries", "many", "--config.rollout.queries=many: invalid literal for int()"),
         ("rollout.queries", "2.5", "--config.rollout.queries=2.5: invalid literal for int()"),
@@ -205,7 +206,9 @@ def test_a_recipe_that_cannot_be_used_is_named(refused, directory):
         "from gcpo_jax import config\n\n\ndef get_config(variant=None):\n"
         "    return config.Config(rollout=config.Rollout(top_k='all', temperature=None))\n"
     )
-    refused("rollout.temperature=None: must be of type float; rollout.top_k='all': must be of type int", config="words.py")
+    refused(
+        "rollout.temperature=None: must be of type float; rollout.top_k='all': must be of type int", config="words.py"
+    )
 
 
 def test_a_word_that_is_no_flag_is_refused(refused):
@@ -242,7 +245,9 @@ def test_a_reward_that_fails_in_mid_run_names_the_row_and_leaves_a_run_that_goes
             assert (directory / "run" / "checkpoints" / "1").is_dir()
             assert not (directory / "run" / "policy").exists()
             # Dropped problems are counted, and named.
-            assert "over 6 prompt tokens left out: " in said and "'" not in said.splitlines()[0], said
+            assert sum(map(int, re.findall(r"\((\d) over 6 prompt tokens left out: ", said))) == 3 and "long" in said, (
+                said
+            )
         (directory / "mine.py").write_text(text.format("len(completion)"))
         code, said = run(**changes)
         assert code == 0 and "from step 1" in said and (directory / "run" / "policy").is_dir(), said
@@ -260,7 +265,9 @@ def test_a_reward_that_fails_in_mid_run_names_the_row_and_leaves_a_run_that_goes
 )
 def test_real_problems_and_a_real_model_run_end_to_end(tmp_path, name, reward):
     # That model's answers are all wrong: digits let groups differ, so that the contexts are of real text too.
-    (tmp_path / "digits.py").write_text("def reward(p, completion, row):\n    return sum(map(str.isdigit, completion))\n")
+    (tmp_path / "digits.py").write_text(
+        "def reward(p, completion, row):\n    return sum(map(str.isdigit, completion))\n"
+    )
     settings = SIZES | {
         "model.path": SMOLLM2, "data.path": DATA / name, "data.reward": reward, "contexts.cap": 8,
         "rollout.group_size": 3, "rollout.max_prompt_tokens": 512, "rollout.max_new_tokens": 8,

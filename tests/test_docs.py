@@ -1,5 +1,6 @@
 """The pages say what is true: their commands run, their paths, fields, presets and metrics exist."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -17,6 +18,13 @@ PAGES = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
 FIELDS = set(config.flatten(config.Config()))
 SECTIONS = {name.partition(".")[0] for name in FIELDS}
+MODULES = {path.stem for path in (ROOT / "gcpo_jax").glob("*.py")}
+
+
+def exists(section: str, name: str) -> bool:
+    """Whether `section.name` is a setting, or what a module of that name defines."""
+    module = importlib.import_module(f"gcpo_jax.{section}") if section in MODULES else None
+    return f"{section}.{name}" in FIELDS or hasattr(module, name)
 
 
 def test_every_block_of_the_page_for_ones_own_data_runs_in_order(tmp_path):
@@ -58,11 +66,11 @@ def test_links_and_paths_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_and_presets_that_are_named_exist(page):
+def test_settings_functions_and_presets_that_are_named_exist(page):
     text = page.read_text()
-    settings = set(re.findall(r"--config\.([\w.]+)", text))
-    settings |= {f"{a}.{b}" for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS and b != "py"}
-    assert settings - FIELDS == set()
+    assert set(re.findall(r"--config\.([\w.]+\w)", text)) - FIELDS == set()
+    named = {(a, b) for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS | MODULES and b != "py"}
+    assert [f"{a}.{b}" for a, b in sorted(named) if not exists(a, b)] == []
     presets = set(re.findall(r"\.py:([a-z]\w*)", text)) | set(re.findall(r"`(gcpo_[a-z]+)`", text)) - {"gcpo_jax"}
     assert presets - set(config.PRESETS) == set()
 
