@@ -3,6 +3,7 @@
 train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -79,7 +80,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
         if checkpoints.latest() != step:
             checkpoints.save(step, state, {"step": step})
 
-    with checkpoint.Preemption() as preemption:
+    # Closing waits for a save under way, also where a reward ends the run.
+    with checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
         for step in range(start, config.train.total_steps):

@@ -230,11 +230,11 @@ def test_a_directory_that_holds_another_run_or_something_else_is_left_as_it_is(c
 
 def test_a_reward_that_fails_in_mid_run_names_the_row_and_leaves_a_run_that_goes_on(directory):
     run, process = command_on("cpu", directory)
-    text = "import os\n\n\ndef reward(prompt, completion, row):\n    return {}\n"
+    text = "import os\n\nLOG = 'run/metrics.jsonl'\n\n\ndef reward(prompt, completion, row):\n    return {}\n"
     changes = {"data.reward": "mine.reward", "rollout.max_prompt_tokens": 6, "data.path": "mixed.jsonl"}
     write_rows(directory / "mixed.jsonl", [*ROWS, {"id": "long", "problem": "1+1+1+1=", "answer": "4"}])
-    # The first update's rewards are fine: the metrics of it are what says that it was done.
-    fails = "len(completion) if not os.path.exists('run/checkpoints/1') else {}"
+    # The rewards of the first update are fine, and those of the second are not.
+    fails = "{} if os.path.exists(LOG) and '\"step\": 1,' in open(LOG).read() else len(completion)"
     with process:
         for failure, words in (("1 / 0", "raised ZeroDivisionError"), ("float('nan')", "the reward is nan")):
             (directory / "mine.py").write_text(text.format(fails.format(failure)))
