@@ -126,7 +126,7 @@ class Train:
     total_steps: int = 100
     seed: int = 0
     log_groups: int = 1  # groups written to completions.jsonl each step
-    audit_steps: tuple[int, ...] = ()  # updates done so far, of the steps whose every quantity is written (0: the first)
+    audit_steps: tuple[int, ...] = ()  # steps whose every quantity is written, by updates done before (0: the first)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -36,7 +36,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     model_config = models.read_config(config.model.path, config.model.dtype)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
-    task = tasks.build(config.data, config.train.seed)
+    task = tasks.build(config.data)
     problems, too_long = within_limit(config, contexts, task.train)
     held_out, _ = within_limit(config, contexts, task.held_out)
     run = rundir.open_run(workdir, config)
@@ -122,7 +122,9 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
     """
     path = config.model.path
     if not model_config.eos_ids:
-        raise config_lib.ConfigError(f"model.path={path!r}: config.json and generation_config.json name no eos_token_id")
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -126,9 +126,7 @@ def shapes(c: ModelConfig) -> Params:
     tree: Params = {
         "embed": jax.ShapeDtypeStruct((c.vocab_size, c.hidden_size), dtype),
         "final_norm": {"weight": jax.ShapeDtypeStruct((c.hidden_size,), dtype)},
-        "layers": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]
-        ),
+        "layers": jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]),
     }
     if not c.tied_embeddings:
         tree["unembed"] = jax.ShapeDtypeStruct((c.hidden_size, c.vocab_size), dtype)
@@ -163,7 +161,10 @@ def final_norm(c: ModelConfig, params: Params, x):
 
 
 def attention(q, k, v, mask):
-    """q[..., Q, K, G, A], k and v[..., S, K, A], mask broadcastable to [..., 1, 1, Q, S] -> [..., Q, K, G, A]; softmax in float32."""
+    """q[..., Q, K, G, A], k and v[..., S, K, A] -> [..., Q, K, G, A]; softmax in float32.
+
+    mask broadcasts to [..., K, G, Q, S].
+    """
     scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

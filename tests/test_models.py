@@ -38,7 +38,7 @@ def numpy_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_hidden_states_equal_numbers_that_transformers_stored(family):
-    """Update with: python scripts/model_fixtures.py tests/fixtures/models (needs torch), should the directories change."""
+    """Should the directories change: python scripts/model_fixtures.py tests/fixtures/models (needs torch)."""
     expected = np.load(FIXTURES / family / "expected.npz")
     config, params = models.load_pretrained(FIXTURES / family)
     tokens = jnp.asarray(expected["tokens"], jnp.int32)
@@ -181,7 +181,7 @@ def test_a_second_copy_of_the_weights_is_not_read(directory):
 )
 def test_what_is_not_implemented_is_refused_by_name(directory, changes, named):
     edit(directory, **changes)
-    with pytest.raises(models.ModelError, match="config.json") as error:
+    with pytest.raises(models.ModelError, match=r"config\.json") as error:
         models.read_config(directory)
     assert named in str(error.value)
 

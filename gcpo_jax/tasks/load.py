@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 
@@ -27,16 +28,15 @@ class Task:
     held_out: Problems
 
 
-def build(data: config.Data, seed: int) -> Task:
+def build(data: config.Data) -> Task:
     """The problems that `data` names, prepared on disk if they are not yet.
 
     A row has every field of its source, "id", "problem" and "answer" as text, and for a JSONL file "original": the row
-    as the file has it. `seed` changes nothing here: all runs of the same data are measured on the same held-out rows.
+    as the file has it. All runs of the same data are measured on the same held-out rows.
 
     Raises:
       DataError: naming file and line, or the setting.
     """
-    del seed
     contents = {}
     if data.task == "jsonl":
         named = {"data.path": data.path} | ({"data.eval_path": data.eval_path} if data.eval_path else {})
@@ -53,7 +53,8 @@ def batch_indices(size: int, queries: int, step: int, seed: int) -> list[int]:
     Every epoch is a fresh permutation of all problems, a batch may straddle epochs, and nothing but these four numbers
     decides: a resumed run needs no state.
     """
-    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()  # shuffles every repetition anew, stores none
+    # Every repetition is shuffled anew, and none is stored.
+    order: Any = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return [order[place] for place in range(step * queries, (step + 1) * queries)]
 
 
