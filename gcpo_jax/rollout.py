@@ -291,7 +291,7 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
 
 
 def _bayes(actor, exp, lists, groups) -> None:
-    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n (causal.bayes_weights)."""
+    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n."""
     n = actor.config.rollout.group_size
     prompts, replies = [], []
     for b in groups:
