@@ -177,7 +177,7 @@ def collect(
                 if b in with_rollouts or exp.klc_weight[b, i]:
                     exp.contexts[b, i] = _contexts(actor, exp, lists[b], b, i)
         targets = [(b, i) for b in with_rollouts for i in range(n)]
-        M = a.rollout_tokens or config.rollout.max_new_tokens
+        M = min(a.rollout_tokens or config.rollout.max_new_tokens, config.rollout.max_new_tokens)
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
