@@ -83,7 +83,7 @@ class Algorithm:
     sampling: str = "shared"  # of Φ's integrated outputs: "shared" (as printed) | "swap" (leave-one-out, unbiased)
     integrated: int = 2  # L, integrated outputs (or swap partners) per target; 0: n
     rollouts: int = 2  # R, roll-outs per context; 0: n
-    rollout_tokens: int = 64  # M, tokens of a roll-out; 0: max_new_tokens
+    rollout_tokens: int = 64  # M, tokens of a roll-out; 0, or more than that: max_new_tokens
     kl_targets: int = 2  # candidates per group that enter KL', weighted n/k; 0: all
 
 

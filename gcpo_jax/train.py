@@ -80,6 +80,13 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
         if checkpoints.latest() != step:
             checkpoints.save(step, state, {"step": step})
 
+    def stopped(step: int) -> bool:
+        if preemption.requested:
+            save(step)
+            checkpoints.close()
+            log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+        return preemption.requested
+
     # Closing waits for a save under way, also where a reward ends the run.
     with checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
@@ -90,11 +97,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
             old_policy = actor()
             exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
-            if preemption.requested:
-                # Sampling takes most of a step: give this one up, it comes out the same after the restart.
-                save(step)
-                checkpoints.close()
-                log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+            # Sampling takes most of a step: a signal gives this one up, it comes out the same after the restart.
+            if stopped(step):
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
@@ -120,6 +124,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             log.write(row, summary.readable(exp, step + 1, config.train.log_groups, actor().decode))
             if final or (step + 1) % config.checkpoint.every == 0:
                 save(step + 1)
+            if not final and stopped(step + 1):
+                return False
         checkpoints.close()
     models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
     log.say(f"done: {workdir / 'policy'} is the trained policy")
