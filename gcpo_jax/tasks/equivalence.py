@@ -1,0 +1,544 @@
+r"""Whether an answer is the gold: structure first (lists, tuples, intervals, sets, matrices, equations), then its scalars.
+
+Everything here is quick and bounded except the last resort on scalars, which is passed in: `symbolic(gold, answer)`.
+Without it `equal` raises Undecided where it would be needed. What is decided how is listed in math.py.
+"""
+
+import functools
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+from gcpo_jax.tasks import expressions, quantities
+from gcpo_jax.tasks.notation import compact, tidy
+
+MAX_ANSWER, MAX_ITEMS, EXACT_DIGITS = 2000, 40, 9
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
+_NUMBER_WORDS = {w: k for k, w in enumerate([*_WORDS, "eighteen", "nineteen", "twenty"])}
+_SYNONYMS = {
+    "allrealnumbers": r"(-\infty,\infty)", "allreals": r"(-\infty,\infty)", r"\R": r"(-\infty,\infty)",
+    "infinity": r"\infty", "+\\infty": r"\infty", r"\{\}": r"\emptyset", "emptyset": r"\emptyset", "theemptyset": r"\emptyset",
+    "dne": "doesnotexist",
+}  # fmt: skip
+
+Symbolic = Callable[[str, str], bool]
+
+
+class Undecided(Exception):
+    """The quick rules do not settle it."""
+
+
+class Value(NamedTuple):
+    """What an answer is: its kind, its parts, and for tuples the two brackets, for ranges the variable, for leaves the text."""
+
+    kind: str  # "leaf" | "list" | "set" | "tuple" | "union" | "matrix" | "equation"
+    parts: tuple = ()
+    mark: str = ""
+
+
+def _split(text: str, pattern: str) -> list[str]:
+    """The pieces between matches of the pattern outside all brackets."""
+    pieces, depth, start, bars = [], 0, 0, 0
+    finder = re.compile(rf"(?P<sep>{pattern})|\\[{{}}]|\\begin|\\end|\\[lr](?:angle|floor|ceil)\b|[()\[\]{{}}]")
+    for found in finder.finditer(text):
+        token = found[0]
+        if found["sep"] is not None:
+            if depth <= 0 and bars == 0:
+                pieces.append(text[start : found.start()].strip())
+                start = found.end()
+        elif token in ("(", "[", "{", r"\{", r"\begin", r"\langle", r"\lfloor", r"\lceil"):
+            depth += 1
+        else:
+            depth -= 1
+    return [*pieces, text[start:].strip()]
+
+
+_SEPARATOR = r",|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+_RELATION = r"\\leq(?![a-z])|\\geq(?![a-z])|\\neq(?![a-z])|=|<|>"
+
+
+def _enclosed(text: str) -> tuple[str, str, str] | None:
+    """(open, inside, close) of a text that one pair of brackets encloses."""
+    found = re.fullmatch(r"(\\\{|\\langle|[(\[])(.*)(\\\}|\\rangle|[)\]])", text, re.DOTALL)
+    if not found:
+        return None
+    depth = 0
+    for token in re.finditer(r"\\[{}]|\\[lr]angle|[()\[\]{}]", text):
+        depth += 1 if token[0] in ("(", "[", "{", r"\{", r"\langle") else -1
+        if depth == 0:
+            return found.groups() if token.end() == len(text) else None  # type: ignore[return-value]
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def read(text: str) -> Value:
+    """The structure of a tidy answer."""
+    text = _SYNONYMS.get(re.sub(r"[\s.]", "", text).lower() if "\\R" not in text else text.strip(), text)
+    pieces = [p for p in _split(text, _SEPARATOR) if p]
+    pieces = [p for p in pieces if not re.fullmatch(r"[A-Za-z]\s*\\in\s*(?:\\mathbb\s*\{?)?[ZN]\}?(?:\^[+*])?", p)] or pieces
+    if len(pieces) > MAX_ITEMS:
+        return Value("leaf", mark=text)
+    if len(pieces) > 1:
+        parts = [part for p in pieces for part in _alternatives(p)]
+        return Value("list", tuple(parts))
+    text = pieces[0] if pieces else text
+    alternatives = _alternatives(text)
+    return alternatives[0] if len(alternatives) == 1 else Value("list", tuple(alternatives))
+
+
+def _alternatives(text: str) -> list[Value]:
+    r"""One value, or the two that \pm stands for."""
+    if r"\pm" not in text or text.startswith(r"\{"):
+        return [_one(text)]
+    both = [text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+")]
+    return [_one(re.sub(r"(^|[=(,{])\s*\+", r"\1", b)) for b in both]
+
+
+def _one(text: str) -> Value:
+    text = re.sub(r"^[A-Za-z](?:_\{?\w+\}?)?\s*\\in\s*(?=[(\[\\])", "", text.strip())
+    union = _split(text, r"\\cup")
+    if len(union) > 1:
+        return Value("union", tuple(read(u) for u in union))
+    matrix = re.fullmatch(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
+    if not matrix and (wrapped := re.fullmatch(r"[(\[]\s*(\\begin\{(?:array|matrix)\}.*)[)\]]", text, re.DOTALL)):
+        return _one(wrapped[1])
+    if matrix:
+        rows = [r for r in matrix[2].split("\x02") if r.strip()]
+        return Value("matrix", tuple(tuple(_one(c.strip()) for c in r.split("&")) for r in rows))
+    named = re.fullmatch(r"[A-Z]'?\s*(?:=\s*)?(\([^=]*,[^=]*\))", text)  # a point with its name
+    enclosed = _enclosed(named[1] if named else text)
+    if enclosed:
+        inside = _inside(*enclosed)
+        if inside is not None:
+            return inside
+    return _relation(text) or Value("leaf", mark=text)
+
+
+def _inside(opening: str, inside: str, closing: str) -> Value | None:
+    if opening == r"\{":
+        builder = re.fullmatch(r"\s*([A-Za-z])\s*(?:\\in\s*\\R\s*)?[|:](.*)", inside)
+        if builder:
+            return read(builder[2].strip())
+        entries = read(inside)
+        return Value("set", entries.parts if entries.kind == "list" else (entries,))
+    items = _split(inside, ",")
+    if len(items) == 1:
+        return read(inside.strip()) if opening == "(" and closing == ")" else None
+    if len(items) > MAX_ITEMS or not all(items):
+        return None
+    return Value("tuple", tuple(read(i) for i in items), opening + closing)
+
+
+def _relation(text: str) -> Value | None:
+    """An inequality as the interval that it is, an equation as its sides."""
+    sides = _split(text, _RELATION)
+    if len(sides) == 1 or not all(sides):
+        return None
+    signs = [m for m in re.findall(_RELATION, text)]
+    if len(signs) != len(sides) - 1:
+        return None
+    if set(signs) == {"="}:
+        return Value("equation", tuple(sides))
+    low, high = ("<", r"\leq"), (">", r"\geq")
+    if len(sides) == 3 and all(s in low for s in signs):
+        ends = (sides[0], sides[2])
+    elif len(sides) == 3 and all(s in high for s in signs):
+        ends, signs = (sides[2], sides[0]), signs[::-1]
+    elif len(sides) == 2 and signs[0] in low + high:
+        name = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\))?")
+        below = (signs[0] in low) == bool(name.fullmatch(sides[0]))
+        bound = sides[1] if name.fullmatch(sides[0]) else sides[0]
+        variable = sides[0] if name.fullmatch(sides[0]) else sides[1]
+        strict = signs[0] in "<>"
+        if not name.fullmatch(variable):
+            return None
+        edge = (")" if strict else "]") if below else ("(" if strict else "[")
+        ends = (r"-\infty", bound) if below else (bound, r"\infty")
+        return Value("tuple", tuple(map(read, ends)), ("(" + edge if below else edge + ")") + variable)
+    elif len(sides) == 2 and signs == [r"\neq"]:
+        halves = ((r"-\infty", sides[1]), (sides[1], r"\infty"))
+        return Value("union", tuple(Value("tuple", tuple(map(read, h)), "()" + sides[0]) for h in halves))
+    else:
+        return None
+    brackets = ("(" if signs[0] in "<>" else "[") + (")" if signs[1] in "<>" else "]")
+    return Value("tuple", tuple(map(read, ends)), brackets + sides[1])
+
+
+def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: bool = False) -> bool:
+    """Whether the answer is the gold; percent: the question asks for a percentage, so 60 and 60% are the same.
+
+    Raises:
+      Undecided: where only `symbolic`, which is not given, could tell.
+    """
+    if max(len(gold), len(answer)) > MAX_ANSWER:
+        return gold.strip() == answer.strip()
+    g, a = (tidy(quantities.spell_letters(t)) for t in (gold, answer))
+    if not g or not a:
+        return False
+    if compact(g) == compact(a):
+        return True
+    approximate = r"^\s*\\approx|^approximately |^about |^≈|^~"
+    if re.search(approximate, a) and not re.search(rf"\d\.\d|\\times|\de|{approximate}", g):
+        return False
+    g, a = (re.sub(approximate, "", t).strip() for t in (g, a))
+    if percent:
+        g, a = (re.sub(r"\s*(%|percent)$", "", t) for t in (g, a))
+    letter = _choice(g, gold, a)
+    if letter is not None:
+        return letter
+    a = re.sub(r"^(?:\([A-H]\)|[A-H][).:])\s+(?=\S)", "", a)
+    return _same(read(g), read(a), symbolic)
+
+
+def _choice(gold: str, raw: str, answer: str) -> bool | None:
+    """Whether the answer picks the gold's letter; None where the gold is no letter."""
+    wanted = re.fullmatch(r"\(?\s*([A-Z])\s*\)?", gold)
+    if not wanted:
+        return None
+    picked = re.fullmatch(
+        r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Za-z])\s*\)(?:\s.*)?|([A-Z])(?:[).:]\s*.*|\s*)?)",
+        answer,
+        re.IGNORECASE if "(" in raw or "text" in raw else 0,
+    )
+    letter = (picked[1] or picked[2]) if picked else ""
+    return letter.upper() == wanted[1]
+
+
+def _same(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
+    kinds = (gold.kind, answer.kind)
+    if gold.kind == answer.kind == "matrix":
+        return _matrices(gold, answer, symbolic)
+    if "matrix" in kinds:
+        column, other = (gold, answer) if gold.kind == "matrix" else (answer, gold)
+        flat = tuple(row[0] for row in column.parts) if all(len(row) == 1 for row in column.parts) else ()
+        return other.kind == "tuple" and other.mark in ("()", r"\langle\rangle") and _ordered(flat, other.parts, symbolic)
+    if kinds == ("tuple", "tuple"):
+        return _tuples(gold, answer, symbolic)
+    if "union" in kinds and set(kinds) <= {"union", "list"}:
+        return _unordered(gold.parts, answer.parts, symbolic)
+    if set(kinds) <= {"list", "set"}:
+        if kinds == ("set", "set"):
+            return all(any(_same(g, a, symbolic) for a in answer.parts) for g in gold.parts) and all(
+                any(_same(g, a, symbolic) for g in gold.parts) for a in answer.parts
+            )
+        labels = [[v.parts[0] if v.kind == "equation" else "" for v in side.parts] for side in (gold, answer)]
+        if any(len(set(one)) > 1 and all(one) and not any(other) for one, other in (labels, labels[::-1])):
+            return _ordered(gold.parts, answer.parts, symbolic)
+        return _unordered(gold.parts, answer.parts, symbolic)
+    if "set" in kinds and set(kinds) & {"leaf", "equation"}:
+        gold, answer = (v.parts[0] if v.kind == "set" and len(v.parts) == 1 else v for v in (gold, answer))
+        return gold.kind != "set" and answer.kind != "set" and _same(gold, answer, symbolic)
+    if "equation" in kinds:
+        return _equations(gold, answer, symbolic)
+    if kinds == ("leaf", "leaf"):
+        return _leaves(gold.mark, answer.mark, symbolic)
+    return False
+
+
+def _ordered(gold: tuple, answer: tuple, symbolic: Symbolic | None) -> bool:
+    return len(gold) == len(answer) and all(_same(g, a, symbolic) for g, a in zip(gold, answer, strict=True))
+
+
+def _unordered(gold: tuple, answer: tuple, symbolic: Symbolic | None) -> bool:
+    if len(gold) != len(answer):
+        return False
+    left = list(answer)
+    for g in gold:
+        match = next((a for a in left if _same(g, a, symbolic)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _matrices(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
+    return len(gold.parts) == len(answer.parts) and all(
+        _ordered(g, a, symbolic) for g, a in zip(gold.parts, answer.parts, strict=True)
+    )
+
+
+def _tuples(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
+    def split(mark: str) -> tuple[str, str]:
+        angles = mark.startswith(r"\langle")
+        return ("()", "") if angles else (mark[:2], mark[2:])
+
+    (ours, variable), (theirs, other) = split(gold.mark), split(answer.mark)
+    if ours != theirs or (variable and other and compact(variable) != compact(other)):
+        return False
+    return _ordered(gold.parts, answer.parts, symbolic)
+
+
+_LABEL = re.compile(
+    r"(?:\\?[A-Za-z]+(?:_\{?[\w, ]+\}?)?'*|[A-Z]{2,}(?:\^\{?2\}?)?|\|?[A-Z]{2}\|?|\\(?:vec|overline|angle|triangle)\s*\{?[A-Z]+\}?"
+    r"|[a-zA-Z]\s*\([\w, ]+\)|\\frac\{[A-Z_\d]+\}\{[A-Z_\d]+\}|(?:\\(?:sin|cos|tan)\s*)(?:\\angle\s*)?(?:[A-Z]+|\\[a-z]+)"
+    r"|[A-Za-z ]{3,}|\([A-Za-z_\d{}, ]+\))"
+)
+_TOTAL = re.compile(r"\d*[a-z](?:\s*[+-]?\s*\d*[a-z])+")  # m + n, which many problems ask for
+
+
+def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
+    if gold.kind == "equation" and answer.kind == "equation":
+        (*names, last), (*others, other) = gold.parts, answer.parts
+        if compact(names[0]) == compact(others[0]) and _same(read(last), read(other), symbolic):
+            return True
+        if len(names) == len(others) == 1 and compact(names[0]) == compact(other) and compact(last) == compact(others[0]):
+            return True
+        functions = [bool(re.fullmatch(r"y|[a-zA-Z]\s*\([a-z]\)", n)) for n in (names[0], others[0])]
+        if all(functions) and "(" in names[0] + others[0] and "y" in (names[0], others[0]):
+            return _same(read(last), read(other), symbolic)
+        if _constant(last) and _LABEL.fullmatch(names[0]):
+            return False  # x = 5 is a solution, 2x = 10 is not one yet
+        return len(names) == len(others) == 1 and _proportional(gold.parts, answer.parts)
+    chain, value = (gold, answer) if gold.kind == "equation" else (answer, gold)
+    *names, last = chain.parts
+    asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) for n in names)
+    if not asked and (not all(_LABEL.fullmatch(n) or _constant(n) for n in names) or _PROSE.search(last)):
+        return False
+    if any(_constant(n) for n in names):
+        constants = [n for n in (*names, last) if _constant(n)]
+        if not all(_leaves(constants[0], c, symbolic) for c in constants[1:]):
+            return False
+    pair = (read(last), value) if chain is gold else (value, read(last))
+    return _same(*pair, symbolic)
+
+
+def _tree(text: str) -> tuple | None:
+    try:
+        return expressions.parse(text)
+    except (expressions.Unreadable, expressions.TooLarge):
+        return None
+
+
+def _constant(text: str) -> bool:
+    tree = _tree(quantities.split(text, letters=False)[0])
+    return tree is not None and not expressions.symbols(tree)
+
+
+def _point(names: frozenset[str], k: int) -> dict[str, complex]:
+    """A value for each name, the same in every process: two positive real points, two of whole numbers, one negative."""
+    spread = {n: zlib.crc32(f"{n}/{k}".encode()) for n in names}
+    if k in (2, 3):
+        return {n: complex(3 + s % 9) for n, s in spread.items()}
+    return {n: complex((0.3 + 2.4 * s / 2**32) * (-1 if k == 4 else 1)) for n, s in spread.items()}
+
+
+def _at(tree: tuple, point: Mapping[str, complex], field: expressions.Field) -> complex | None:
+    try:
+        value = expressions.numeric(tree, point, field)
+    except (ArithmeticError, ValueError):
+        return None
+    return value if abs(value) < 1e300 else None
+
+
+def _proportional(gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+    """Whether two equations say the same: their left minus right sides have a constant ratio."""
+    trees = [[_tree(side) for side in sides] for sides in (gold, answer)]
+    if any(t is None for side in trees for t in side):
+        return False
+    ours, theirs = (("add", left, ("neg", right)) for left, right in trees)
+    names = expressions.symbols(ours)
+    if not names or names != expressions.symbols(theirs):
+        return False
+    ratios = []
+    for k in range(4):
+        point, field = _point(names, k), expressions.floats()
+        g, a = _at(ours, point, field), _at(theirs, point, field)
+        if g is not None and a is not None and min(abs(g), abs(a)) > 1e-9 * field.largest:
+            ratios.append(g / a)
+    return len(ratios) >= 3 and all(abs(r - ratios[0]) < 1e-9 * abs(ratios[0]) for r in ratios)
+
+
+def _letters(text: str) -> str:
+    """Text without case, articles and punctuation."""
+    words = re.findall(r"[A-Za-z]+|\d+", text.lower())
+    return " ".join(str(_NUMBER_WORDS.get(w, w)) for w in words if w not in ("a", "an", "the"))
+
+
+_PROSE = re.compile(r"(?<![\\A-Za-z_{])[A-Za-z]{3,}|(?<![\\A-Za-z_{])[A-Z]{2}(?![A-Za-z])")
+
+
+def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
+    gold, answer = (quantities.multiply_out(t).strip() for t in (gold, answer))
+    if compact(gold) == compact(answer):
+        return True
+    gold, answer = (str(_NUMBER_WORDS.get(t.lower(), t)) for t in (gold, answer))
+    if ":" in gold or ":" in answer:
+        return _ratios(gold, answer, symbolic)
+    based = [re.fullmatch(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*_\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?", t) for t in (gold, answer)]
+    if any(based):
+        return _bases(*based, gold, answer)
+    pure = not re.search("[A-Za-z]", gold.replace(r"\frac", ""))
+    (g, unit), (a, other) = quantities.split(gold, True), quantities.split(answer, True)
+    if unit is None or len(unit[0] & frozenset(["meter", "gram", "second", "hour", "liter"])) == 0 and not pure:
+        g, unit = quantities.split(gold, letters=False)
+    elif re.fullmatch(r".*[^A-Za-z{][mgshlL](?:\^\{?[23]\}?)?", gold):
+        g, unit = quantities.split(gold, letters=False)  # unmarked in the gold, a letter is a variable
+    if unit is None and not pure:
+        a, other = quantities.split(answer, letters=False)
+    if any(_PROSE.search(t) for t in (g, a)):
+        return _letters(gold) == _letters(answer) != ""
+    return _measured(g, unit, a, other, symbolic)
+
+
+def _measured(g: str, unit: quantities.Unit, a: str, other: quantities.Unit, symbolic: Symbolic | None) -> bool:
+    g, a = (re.sub(r"^([-+]?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", t.replace(r"\infty", "\\infty")) for t in (g, a))
+    if r"\infty" in g or r"\infty" in a:
+        return compact(g).lstrip("+") == compact(a).lstrip("+")
+    percent = [u is not None and "percent" in u[0] for u in (unit, other)]
+    if percent[0] != percent[1]:
+        if (unit if percent[1] else other) is not None:
+            return False
+        g, a = (f"({t})/100" if p else t for t, p in zip((g, a), percent, strict=True))
+        return _scalars(g, a, symbolic)
+    rounded = unit is None or not unit[0] & {"dollar", "cent"}
+    degrees = [u is not None and "degree" in u[0] for u in (unit, other)]
+    if degrees[0] != degrees[1] and (r"\pi" in g) != (r"\pi" in a):
+        g, a = (rf"({t})\cdot\pi/180" if d else t for t, d in zip((g, a), degrees, strict=True))
+        return _scalars(g, a, symbolic)
+    factor = quantities.conversion(unit, other)
+    if factor is None:
+        return False
+    if factor != 1:
+        a = rf"({a})\cdot {factor.numerator}/{factor.denominator}"
+    return _scalars(g, a, symbolic, rounded)
+
+
+def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
+    clock = r"0?(\d{1,2}):(\d\d(?::\d\d)?)\s*(?:([ap])\.?\s*m\.?)?(?:\s*o'clock)?"
+    times = [re.fullmatch(clock, t, re.IGNORECASE) for t in (gold, answer)]
+    if times[0]:
+        if not times[1] or times[0].groups()[:2] != times[1].groups()[:2]:
+            return False
+        halves = [(t[3] or "").lower() for t in times if t]
+        return halves[0] == halves[1] or "" in halves
+    sides = [[s.strip() for s in t.split(":")] for t in (gold, answer)]
+    trees = [[_tree(s) for s in side] for side in sides]
+    if len(trees[0]) != len(trees[1]) or any(t is None for side in trees for t in side):
+        return False
+    (first, *rest), (other, *others) = sides
+    return all(_scalars(f"({g})({other})", f"({a})({first})", symbolic, False) for g, a in zip(rest, others, strict=True))
+
+
+def _bases(gold: re.Match | None, answer: re.Match | None, left: str, right: str) -> bool:
+    """Numerals in a base are compared as numerals; only base ten may go unsaid."""
+    names = {str(k): k for k in range(2, 37)} | _NUMBER_WORDS
+    ours = (gold[1].lstrip("0"), names.get(gold[2])) if gold else (left.lstrip("0"), 10)
+    theirs = (answer[1].lstrip("0"), names.get(answer[2])) if answer else (right.lstrip("0"), 10)
+    return ours == theirs and ours[1] is not None
+
+
+class _Literal(NamedTuple):
+    last_place: Fraction
+    digits: int
+    scientific: bool
+
+
+def _literal(text: str) -> _Literal | None:
+    """The precision of a number written in decimals or in scientific notation."""
+    found = re.fullmatch(
+        r"[-+]?(\d*)\.?(\d*)(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?([-+]?\d{1,4})\}?)?", text.strip()
+    )
+    if not found or not (found[1] or found[2]):
+        return None
+    power = found[3] or found[4]
+    digits = len((found[1] + found[2]).lstrip("0"))
+    return _Literal(Fraction(10) ** (int(power or 0) - len(found[2])), digits, power is not None)
+
+
+def _close(gold: str, answer: str, value: Fraction, other: Fraction) -> bool:
+    """Whether the answer is the gold to the digits that are given, and within one percent of it.
+
+    A gold in scientific notation is rounded, so the coarser of the two sets the digits. A gold in plain decimals is taken as
+    rounded where it has three digits or more and is no binary fraction (0.375), and then only a finer answer can match.
+    """
+    ours, theirs = _literal(gold), _literal(answer)
+    if ours is None or value == 0 or value.denominator == 1 and not ours.scientific:
+        return False
+    fine = theirs.last_place if theirs else Fraction(0)
+    if not ours.scientific:
+        binary = value.denominator & (value.denominator - 1) == 0
+        if ours.digits < 3 or binary or fine >= ours.last_place:
+            return False
+    difference, coarse = abs(value - other), max(ours.last_place, fine)
+    return difference <= coarse / 2 and difference <= abs(value) / 100
+
+
+def _scalars(gold: str, answer: str, symbolic: Symbolic | None, rounded: bool = True) -> bool:
+    if compact(gold) == compact(answer):
+        return True
+    try:
+        ours, theirs = expressions.parse(gold), expressions.parse(answer)
+    except expressions.TooLarge:
+        return False
+    except expressions.Unreadable:
+        return _last_resort(gold, answer, symbolic)
+    try:
+        exact = [_exact(tree) for tree in (ours, theirs)]
+    except (expressions.TooLarge, ArithmeticError):
+        return False
+    if exact[0] is not None and exact[1] is not None:
+        return exact[0] == exact[1] or (rounded and _close(gold, answer, exact[0], exact[1]))
+    verdict = compare(ours, theirs, expressions.floats)
+    if verdict is None:
+        return _last_resort(gold, answer, symbolic)
+    if not verdict and rounded and exact[0] is not None and not expressions.symbols(theirs):
+        value = _at(theirs, {}, expressions.floats())
+        if value is not None and abs(value.imag) < 1e-12:
+            return _close(gold, answer, exact[0], Fraction(value.real))
+    return verdict
+
+
+def _last_resort(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
+    if symbolic is None:
+        raise Undecided
+    return symbolic(gold, answer)
+
+
+def _exact(tree: tuple) -> Fraction | None:
+    try:
+        return expressions.exact(tree)
+    except expressions.Irrational:
+        return None
+
+
+def compare(gold: tuple, answer: tuple, field_of: Callable[[], expressions.Field], digits: int = 11) -> bool | None:
+    """Whether two trees agree at fixed points to so many digits; None where that many are not to be had.
+
+    Agreement at five points of random reals and whole numbers decides equality of such expressions but for accidents.
+    """
+    names = expressions.symbols(gold) | expressions.symbols(answer)
+    radical = expressions.has(gold, "sqrt", "call", "pow") or expressions.has(answer, "sqrt", "call", "pow")
+    seen = 0
+    for k in (range(4 if radical else 5)) if names else range(1):
+        point, field = _point(names, k), field_of()
+        g, a = _at(gold, point, field), _at(answer, point, field)
+        if g is None and a is None:
+            continue
+        if g is None or a is None:
+            return False
+        seen += 1
+        size, difference = max(abs(g), abs(a)), abs(g - a)
+        noise = field.largest * 10.0 ** -(digits + 3)
+        if size <= noise:
+            if digits < 20:
+                return None
+            continue
+        if difference > 10.0**-digits * size:
+            if difference <= noise:
+                return None
+            return False
+        if noise * 1e6 > size:
+            return None
+    if seen < (2 if names else 1):
+        return None
+    long = any(expressions.has(t, "num") and _long(t) for t in (gold, answer))
+    return None if long and digits < 20 else True
+
+
+def _long(tree: tuple) -> bool:
+    """Whether it holds a number of more digits than doubles tell apart from an irrational one."""
+    if tree[0] == "num":
+        return max(tree[1].numerator, tree[1].denominator) > 10**EXACT_DIGITS
+    return any(_long(part) for part in tree[1:] if isinstance(part, tuple))
