@@ -25,7 +25,7 @@ class Irrational(ValueError):
 
 
 class TooLarge(ValueError):
-    """A number too large to be written out."""
+    """A number too large to be written out, or an expression too long or too deep to be read."""
 
 
 _TOKEN = re.compile(
@@ -47,7 +47,7 @@ _STOP = frozenset([")", "]", "}", r"\}", r"\rfloor", r"\rceil", ",", "+", "-", "
 class _Reader:
     def __init__(self, text: str):
         if len(text) > MAX_LENGTH:
-            raise Unreadable("too long")
+            raise TooLarge("too long")
         self.tokens, at = [], 0
         text = text.strip()
         while at < len(text):
@@ -72,7 +72,7 @@ class _Reader:
     def sum(self) -> tuple:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("too deep")
+            raise TooLarge("too deep")
         terms = []
         while True:
             sign = 1
@@ -236,7 +236,9 @@ class _Reader:
             else:
                 power = self.argument()
         if power == ("neg", ("num", Fraction(1))):
-            raise Unreadable("inverse or reciprocal")
+            if name not in ("sin", "cos", "tan"):
+                raise Unreadable("inverse or reciprocal")
+            name, power = "arc" + name, None
         if self.next in ("(", "{", "[", "|"):
             value = self.power() if self.next == "|" else self.group(self.next)
         else:  # \sin 2t: the factors up to the next sign, operator or function
@@ -271,8 +273,8 @@ def parse(text: str) -> tuple:
     """The tree of a tidy expression.
 
     Raises:
-      Unreadable: where it is not one expression of the kinds above, or is too long or too deep.
-      TooLarge: where it holds a number of thousands of digits.
+      Unreadable: where it is not one expression of the kinds above.
+      TooLarge: where it is too long or too deep, or holds a number of thousands of digits.
     """
     reader = _Reader(text)
     value = reader.sum()
@@ -363,16 +365,23 @@ def _exact_call(name: str, values: list[Fraction]) -> Fraction:
 
 @dataclasses.dataclass
 class Field:
-    """Where `numeric` computes: functions by name (cmath's or mpmath's), how a fraction enters, and the largest size met."""
+    """Where `numeric` computes: functions by name (cmath's or mpmath's), and how a fraction enters.
+
+    What sums lose is remembered: their largest term, and its largest ratio to the sum (cancellation) or to a smaller term.
+    """
 
     functions: Any
     number: Callable[[Fraction], Any]
-    largest: float = 1.0
+    largest: Any = 0.0
+    loss: Any = 1.0
 
-    def see(self, value: Any) -> Any:
-        """The value, remembered in `largest`, by which the caller knows how much cancelled."""
-        self.largest = max(self.largest, float(abs(value)))
-        return value
+    def sum(self, terms: list[Any]) -> Any:
+        """The sum of the terms."""
+        total, sizes = sum(terms[1:], terms[0]), [abs(t) for t in terms if t]
+        if sizes:
+            self.largest = max(self.largest, max(sizes))
+            self.loss = max(self.loss, max(sizes) / min(*sizes, abs(total)) if total else math.inf)
+        return total
 
 
 def floats() -> Field:
@@ -392,7 +401,7 @@ def numeric(tree: tuple, at: Mapping[str, Any], field: Field) -> Any:
     """
     kind, *parts = tree
     if kind == "num":
-        return field.see(field.number(parts[0]))
+        return field.number(parts[0])
     if kind == "sym":
         return at[parts[0]]
     if kind in ("pi", "e", "deg"):
@@ -404,16 +413,16 @@ def numeric(tree: tuple, at: Mapping[str, Any], field: Field) -> Any:
     if kind == "neg":
         return -values[0]
     if kind == "add":
-        return field.see(sum(values[1:], values[0]))
+        return field.sum(values)
     if kind == "mul":
-        return field.see(values[0] * values[1])
+        return values[0] * values[1]
     if kind == "div":
-        return field.see(values[0] / values[1])
+        return values[0] / values[1]
     if kind == "sqrt":
-        return field.see(field.functions.sqrt(values[0]))
+        return field.functions.sqrt(values[0])
     if kind == "pow":
-        return field.see(_power(tree, values, field))
-    return field.see(_call(tree, parts[0], values, field))
+        return _power(tree, values, field)
+    return _call(tree, parts[0], values, field)
 
 
 def _power(tree: tuple, values: list[Any], field: Field) -> Any:

@@ -113,6 +113,8 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
     first, last = group[0], group[-1]
     if _HEDGE.search(_sentence_before(text, first[0])) or _NEGATION.search(text[max(0, last[0] - 30) : last[0]]):
         return None
+    if len(group) == 1:
+        return None if _contradicted(text[last[1] :], last[2]) else last[2]
     different = list({_key(content): content for _, _, content in group}.values())
     if len(different) > 1:
         gaps = [text[a[1] : b[0]] for a, b in zip(group, group[1:], strict=False)]

@@ -66,8 +66,9 @@ def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequenc
     hard: dict[str, list[int]] = {}
     for k, (completion, gold, flag) in enumerate(zip(completions, golds, flags, strict=True)):
         found, gold = _found(completion), _gold(gold)
-        verdict = False
-        if found is not None:
+        # A few golds of the data have unbalanced braces: such a one is right where it is repeated as it is.
+        verdict = gold.count("{") != gold.count("}") and completion.rstrip(" $.\n").endswith(f"{{{gold}}}")
+        if found is not None and not verdict:
             try:
                 verdict = equivalence.equal(gold, found, percent=flag)
             except equivalence.Undecided:

@@ -4,6 +4,7 @@ r"""One spelling for what can be written in many ways: Unicode, LaTeX's spacing 
 on both sides.
 """
 
+import functools
 import re
 import unicodedata
 
@@ -15,9 +16,11 @@ _UNICODE = {
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ",
     "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "ρ": r"\rho ",
     "δ": r"\delta ", "∣": "|", "〈": r"\langle ", "〉": r"\rangle ", "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",",
-    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "\x0crac": r"\frac", "\text": r"\text", "\times": r"\times",
+    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'",
     "£": r"\pounds ", "€": r"\euro ",
 }  # fmt: skip
+# What a careless reader of backslashes has made of LaTeX: a form feed for \\f, a tab for \\t, a bell for \\b.
+_ESCAPES = {"\x0crac": r"\frac", "\text": r"\text", "\times": r"\times", "\x08oxed": r"\boxed"}
 _SUPER = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUB = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _VULGAR = {
@@ -59,6 +62,10 @@ _SPACED = re.compile(r"(?<![\d.,\s])(?<!\d\s)\d{1,3}(?:[ ~]\d{3})+(?![\d/.])")
 
 
 def _unicode(text: str) -> str:
+    for char, command in _ESCAPES.items():
+        text = text.replace(char, command)
+    if text.isascii():
+        return text
     text = re.sub("√([0-9.]+|[A-Za-z])", r"\\sqrt{\1}", text)
     text = text.replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
     text = re.sub("[" + "".join(_SUPER) + "]+", lambda m: "^{" + "".join(_SUPER[c] for c in m[0]) + "}", text)
@@ -87,6 +94,7 @@ def _unwrap(text: str) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
     """The answer in one spelling. Linear in its length, and any string is allowed."""
     text = text.encode("utf-8", "replace").decode().replace("\x00", " ")

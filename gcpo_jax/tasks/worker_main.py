@@ -1,6 +1,7 @@
 """The program of one grading worker: lines of JSON [gold, answer, percent] in, true or false out. See workers.py.
 
-It is run by path, so that the user's main module does not come along. Nothing here or below evaluates text as code: math-verify's
+It loads the libraries once and forks for each question, so that a question that hangs or eats memory costs itself only, and leaves
+nothing behind for the next one. It is run by path, so that the user's main module does not come along. Nothing here or below evaluates text as code: math-verify's
 reader of plain expressions, which does, is not used; only the grammar of latex2sympy2_extended is.
 """
 
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import select
 import signal
 import sys
 
@@ -18,7 +20,7 @@ from math_verify import verify
 
 from gcpo_jax.tasks import equivalence, expressions
 
-MAX_SYMBOLIC, DIGITS, RECURSION = 300, 40, 3000
+MAX_SYMBOLIC, DIGITS, PRECISION, RECURSION = 300, 40, 110, 3000
 # sympy multiplies such a tower out while it reads it; the time limit would stop it, at the cost of a worker.
 _TOWER = re.compile(r"\d{3,}\s*!|!\s*!|\^\{?\s*\d{5,}|\^[^+\-]{0,12}\^")
 
@@ -27,16 +29,18 @@ def symbolic(gold: str, answer: str) -> bool:
     """Equality of two scalars, to many digits where expressions.py reads both, else by math-verify."""
     try:
         trees = expressions.parse(gold), expressions.parse(answer)
+    except expressions.TooLarge:
+        return False
     except expressions.Unreadable:
         texts = (gold, answer)
-        if any(len(t) > MAX_SYMBOLIC or _TOWER.search(t) for t in texts):
+        if any(len(t) > MAX_SYMBOLIC or _TOWER.search(t) or r"\ldots" in t for t in texts):
             return False
         return verify(latex2sympy(gold), latex2sympy(answer), timeout_seconds=None)
 
     def field() -> expressions.Field:
         return expressions.Field(mpmath.mp, lambda value: mpmath.mpf(value.numerator) / value.denominator)
 
-    return bool(equivalence.compare(*trees, field, digits=DIGITS))
+    return bool(equivalence.compare(*trees, field, DIGITS, PRECISION))
 
 
 def answer(question: list) -> bool:
@@ -48,22 +52,56 @@ def answer(question: list) -> bool:
         return False
 
 
-def main() -> None:
-    """Answers until the pipe closes. The timer of processor time ends the process by a signal that the parent knows."""
-    cpu_s, memory = float(sys.argv[1]), int(sys.argv[2])
+def child(question: list, reply: int, cpu_s: float, memory: int) -> None:
+    """Answers one question in a process of its own, within its limits, and ends it."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 1))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # ends the process by SIGPROF, even one that nobody waits for any more
+    os.write(reply, b"1" if answer(question) else b"0")
+    os._exit(0)
+
+
+def attempt(question: list, cpu_s: float, wall_s: float, memory: int) -> str:
+    """One question in a child process: "true", "false" (also past a limit), or "died" where something else ended it."""
+    reading, writing = os.pipe()
+    process = os.fork()  # this program has one thread
+    if process == 0:
+        try:
+            child(question, writing, cpu_s, memory)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], wall_s)
+        verdict = os.read(reading, 1) if ready else b"0"
+        if not ready:
+            os.kill(process, signal.SIGKILL)
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(process, 0)
+    if verdict:
+        return "true" if verdict == b"1" else "false"
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return "died" if killed else "false"
+
+
+def main() -> None:
+    """Answers until the pipe closes."""
+    cpu_s, wall_s, memory = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(RECURSION)
     logging.disable(logging.CRITICAL)
-    mpmath.mp.dps = 70
+    mpmath.mp.dps = PRECISION + 10
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be read as an answer
+    symbolic(r"\int_0^1 x dx", r"\frac{1}{2}")  # the grammar's tables are built at its first use: once, not in each child
     print(json.dumps("jax" in sys.modules), file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)
-        verdict = answer(json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(verdict), file=replies, flush=True)
+        question = json.loads(line)
+        verdict = attempt(question, cpu_s, wall_s, memory)
+        if verdict == "died":
+            verdict = attempt(question, cpu_s, wall_s, memory)
+        print(json.dumps(verdict == "true"), file=replies, flush=True)
 
 
 if __name__ == "__main__":

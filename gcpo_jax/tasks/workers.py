@@ -1,17 +1,17 @@
 """Worker processes that may be killed: each answers one question at a time, within limits of time, memory and recursion.
 
 A worker is a fresh interpreter that runs worker_main.py and speaks lines of JSON over its pipes; it never imports JAX, and it
-is neither forked nor does it run the main module again, so it is safe beside JAX's threads. One that hangs is killed and its
-answer is the default; one that dies is replaced and its question is asked once more.
+is neither forked nor does it run the main module again, so it is safe beside JAX's threads. It keeps the limits itself, in a child
+for each question; a worker that does not answer all the same is killed, and one that dies is replaced and asked once more.
 """
 
 import atexit
 import json
+import logging
 import os
 import pathlib
 import queue
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 _MAIN = pathlib.Path(__file__).with_name("worker_main.py")
-_START_S = 60.0
+_START_S, STARTS = 60.0, 5
+_LOG = logging.getLogger(__name__)
 
 
 class _Died(Exception):
@@ -30,13 +31,13 @@ class _Died(Exception):
 class Worker:
     """One process."""
 
-    def __init__(self, cpu_s: float, memory_bytes: int):
+    def __init__(self, cpu_s: float, wall_s: float, memory_bytes: int):
         root = str(_MAIN.parents[2])
         environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")}
         # The package is found where this process found it; -P keeps the working directory out.
         environment |= {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", str(_MAIN), str(cpu_s), str(memory_bytes)],
+            [sys.executable, "-P", "-W", "ignore", str(_MAIN), str(cpu_s), str(wall_s), str(memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -69,8 +70,7 @@ class Worker:
                 raise TimeoutError
             chunk = os.read(pipe, 65536)
             if not chunk:
-                # The worker's own timer of processor time fired: asking again would take as long.
-                raise TimeoutError if self.process.wait() == -signal.SIGPROF else _Died
+                raise _Died
             self._left += chunk
         line, _, self._left = self._left.partition(b"\n")
         return json.loads(line)
@@ -122,7 +122,7 @@ class Pool:
                 try:
                     if worker is None:
                         worker = self._start()
-                    return worker.ask(question, self.wall_s)
+                    return worker.ask(question, 3 * self.wall_s)  # it keeps the limit itself, twice where a child died
                 except TimeoutError:
                     worker = self._end(worker)
                     return default
@@ -136,7 +136,17 @@ class Pool:
             self._idle.put(worker)
 
     def _start(self) -> Worker:
-        worker = Worker(self.cpu_s, self.memory_bytes)
+        """A worker that is ready. One that dies while it starts is started again: that is not its question's fault."""
+        for _ in range(STARTS):
+            try:
+                return self._start_once()
+            except (_Died, TimeoutError) as error:
+                problem = error
+        _LOG.error("grading workers do not start (%r): is math-verify installed? Answers that need one count as wrong", problem)
+        raise _Died
+
+    def _start_once(self) -> Worker:
+        worker = Worker(self.cpu_s, self.wall_s, self.memory_bytes)
         with self._lock:
             if not self._all:
                 atexit.register(self.close)
