@@ -6,15 +6,13 @@ Without it `equal` raises Undecided where it would be needed. What is decided ho
 
 import functools
 import re
-import zlib
-from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import NamedTuple
 
 from gcpo_jax.tasks import expressions, quantities
 from gcpo_jax.tasks.notation import compact, tidy
+from gcpo_jax.tasks.scalars import Symbolic, proportional, same_scalar, tree_of
 
-MAX_ANSWER, MAX_ITEMS, EXACT_DIGITS, MANY_DIGITS = 2000, 40, 9, 20
+MAX_ANSWER, MAX_ITEMS = 2000, 40
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
 _NUMBER_WORDS = {w: k for k, w in enumerate([*_WORDS, "eighteen", "nineteen", "twenty"])}
 _SYNONYMS = {
@@ -22,12 +20,6 @@ _SYNONYMS = {
     "infinity": r"\infty", "+\\infty": r"\infty", r"\{\}": r"\emptyset", "emptyset": r"\emptyset", "theemptyset": r"\emptyset",
     "dne": "doesnotexist",
 }  # fmt: skip
-
-Symbolic = Callable[[str, str], bool]
-
-
-class Undecided(Exception):
-    """The quick rules do not settle it."""
 
 
 class Value(NamedTuple):
@@ -190,6 +182,8 @@ def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: boo
         return letter
     if re.search(r"\d, +\d", g) and re.fullmatch(r"\d{1,3}(?:,\d{3})+", answer.strip("$ .")):
         a = answer.strip("$ .").replace(",", ", ")  # beside a list, commas separate
+    a = re.sub(r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+", "", a, flags=re.IGNORECASE)
+    a = re.sub(r"^(?:negative|minus)\s+(?=\d)", "-", a, flags=re.IGNORECASE)
     a = re.sub(r"^(?:\([A-H]\)|[A-H][).:])\s+(?=\S)", "", a)
     return _same(read(g), read(a), symbolic)
 
@@ -297,7 +291,7 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
             return _same(read(last), read(other), symbolic)
         if _constant(last) and _LABEL.fullmatch(names[0]):
             return False  # x = 5 is a solution, 2x = 10 is not one yet
-        return len(names) == len(others) == 1 and _proportional(gold.parts, answer.parts)
+        return len(names) == len(others) == 1 and proportional(gold.parts, answer.parts)
     chain, value = (gold, answer) if gold.kind == "equation" else (answer, gold)
     *names, last = chain.parts
     asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) for n in names)
@@ -311,50 +305,9 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
     return _same(*pair, symbolic)
 
 
-def _tree(text: str) -> tuple | None:
-    try:
-        return expressions.parse(text)
-    except (expressions.Unreadable, expressions.TooLarge):
-        return None
-
-
 def _constant(text: str) -> bool:
-    tree = _tree(quantities.split(text, letters=False)[0])
-    return tree is not None and not expressions.symbols(tree)
-
-
-def _point(names: frozenset[str], k: int, spread_of: int = 9) -> dict[str, complex]:
-    """A value for each name, the same in every process: two positive real points, two of whole numbers, one negative."""
-    spread = {n: zlib.crc32(f"{n}/{k}".encode()) for n in names}
-    if k in (2, 3):
-        return {n: complex(3 + s % spread_of) for n, s in spread.items()}
-    return {n: complex((0.3 + 2.4 * s / 2**32) * (-1 if k == 4 else 1)) for n, s in spread.items()}
-
-
-def _at(tree: tuple, point: Mapping[str, complex], field: expressions.Field) -> complex | None:
-    try:
-        value = expressions.numeric(tree, point, field)
-    except (ArithmeticError, ValueError):
-        return None
-    return value if abs(value) < 1e300 else None
-
-
-def _proportional(gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-    """Whether two equations say the same: their left minus right sides have a constant ratio."""
-    trees = [[_tree(side) for side in sides] for sides in (gold, answer)]
-    if any(t is None for side in trees for t in side):
-        return False
-    ours, theirs = (("add", left, ("neg", right)) for left, right in trees)
-    names = expressions.symbols(ours)
-    if not names or names != expressions.symbols(theirs):
-        return False
-    ratios = []
-    for k in range(4):
-        point, field = _point(names, k), expressions.floats()
-        g, a = _at(ours, point, field), _at(theirs, point, field)
-        if g is not None and a is not None and min(abs(g), abs(a)) > 1e-9:
-            ratios.append(g / a)
-    return len(ratios) >= 3 and all(abs(r - ratios[0]) < 1e-9 * abs(ratios[0]) for r in ratios)
+    found = tree_of(quantities.split(text, letters=False)[0])
+    return found is not None and not expressions.symbols(found)
 
 
 def _letters(text: str) -> str:
@@ -372,6 +325,10 @@ def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
     if compact(gold) == compact(answer):
         return True
     gold, answer = (str(_NUMBER_WORDS.get(t.lower(), t)) for t in (gold, answer))
+    if not re.search(r"[\d\\]", gold) and _PROSE.search(gold):
+        return _letters(gold) == _letters(answer)
+    if ":" in gold:
+        answer = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", answer)
     if ":" in gold or ":" in answer:
         return _ratios(gold, answer, symbolic)
     based = [re.fullmatch(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*_\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?", t) for t in (gold, answer)]
@@ -399,18 +356,18 @@ def _measured(g: str, unit: quantities.Unit, a: str, other: quantities.Unit, sym
         if (unit if percent[1] else other) is not None:
             return False
         g, a = (f"({t})/100" if p else t for t, p in zip((g, a), percent, strict=True))
-        return _scalars(g, a, symbolic)
+        return same_scalar(g, a, symbolic)
     rounded = unit is None or not unit[0] & {"dollar", "cent"}
     degrees = [u is not None and "degree" in u[0] for u in (unit, other)]
     if degrees[0] != degrees[1] and (r"\pi" in g) != (r"\pi" in a):
         g, a = (rf"({t})\cdot\pi/180" if d else t for t, d in zip((g, a), degrees, strict=True))
-        return _scalars(g, a, symbolic)
+        return same_scalar(g, a, symbolic)
     factor = quantities.conversion(unit, other)
     if factor is None:
         return False
     if factor != 1:
         a = rf"({a})\cdot {factor.numerator}/{factor.denominator}"
-    return _scalars(g, a, symbolic, rounded)
+    return same_scalar(g, a, symbolic, rounded)
 
 
 def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
@@ -422,11 +379,15 @@ def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
         halves = [(t[3] or "").lower() for t in times if t]
         return halves[0] == halves[1] or "" in halves
     sides = [[s.strip() for s in t.split(":")] for t in (gold, answer)]
-    trees = [[_tree(s) for s in side] for side in sides]
+    if sorted(map(len, sides)) == [1, 2]:  # 3:4 as a fraction
+        return all(map(_constant, sides[0] + sides[1])) and same_scalar(
+            *(f"({s[0]})/({s[1]})" if len(s) == 2 else s[0] for s in sides), symbolic, False
+        )
+    trees = [[tree_of(s) for s in side] for side in sides]
     if len(trees[0]) != len(trees[1]) or any(t is None for side in trees for t in side):
         return False
     (first, *rest), (other, *others) = sides
-    return all(_scalars(f"({g})({other})", f"({a})({first})", symbolic, False) for g, a in zip(rest, others, strict=True))
+    return all(same_scalar(f"({g})({other})", f"({a})({first})", symbolic, False) for g, a in zip(rest, others, strict=True))
 
 
 def _bases(gold: re.Match | None, answer: re.Match | None, left: str, right: str) -> bool:
@@ -435,120 +396,3 @@ def _bases(gold: re.Match | None, answer: re.Match | None, left: str, right: str
     ours = (gold[1].lstrip("0"), names.get(gold[2])) if gold else (left.lstrip("0"), 10)
     theirs = (answer[1].lstrip("0"), names.get(answer[2])) if answer else (right.lstrip("0"), 10)
     return ours == theirs and ours[1] is not None
-
-
-class _Literal(NamedTuple):
-    last_place: Fraction
-    digits: int
-    scientific: bool
-
-
-def _literal(text: str) -> _Literal | None:
-    """The precision of a number written in decimals or in scientific notation."""
-    found = re.fullmatch(
-        r"[-+]?(\d*)\.?(\d*)(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?([-+]?\d{1,4})\}?)?", text.strip()
-    )
-    if not found or not (found[1] or found[2]):
-        return None
-    power = found[3] or found[4]
-    digits = len((found[1] + found[2]).lstrip("0"))
-    return _Literal(Fraction(10) ** (int(power or 0) - len(found[2])), digits, power is not None)
-
-
-def _close(gold: str, answer: str, value: Fraction, other: Fraction) -> bool:
-    """Whether the answer is the gold to the digits that are given, and within one percent of it.
-
-    A gold in scientific notation is rounded, so the coarser of the two sets the digits. A gold in plain decimals is taken as
-    rounded where it has three digits or more and is no binary fraction (0.375), and then only a finer answer can match.
-    """
-    ours, theirs = _literal(gold), _literal(answer)
-    if ours is None or value == 0 or value.denominator == 1 and not ours.scientific:
-        return False
-    fine = theirs.last_place if theirs else Fraction(0)
-    if not ours.scientific:
-        binary = value.denominator & (value.denominator - 1) == 0
-        if ours.digits < 3 or binary or fine >= ours.last_place:
-            return False
-    difference, coarse = abs(value - other), max(ours.last_place, fine)
-    return difference <= coarse / 2 and difference <= abs(value) / 100
-
-
-def _scalars(gold: str, answer: str, symbolic: Symbolic | None, rounded: bool = True) -> bool:
-    if compact(gold) == compact(answer):
-        return True
-    try:
-        ours, theirs = expressions.parse(gold), expressions.parse(answer)
-    except expressions.TooLarge:
-        return False
-    except expressions.Unreadable:
-        return _last_resort(gold, answer, symbolic)
-    try:
-        exact = [_exact(tree) for tree in (ours, theirs)]
-    except (expressions.TooLarge, ArithmeticError):
-        return False
-    if exact[0] is not None and exact[1] is not None:
-        return exact[0] == exact[1] or (rounded and _close(gold, answer, exact[0], exact[1]))
-    verdict = compare(ours, theirs, expressions.floats)
-    if verdict is None:
-        return _last_resort(gold, answer, symbolic)
-    if not verdict and rounded and exact[0] is not None and not expressions.symbols(theirs):
-        value = _at(theirs, {}, expressions.floats())
-        if value is not None and abs(value.imag) < 1e-12:
-            return _close(gold, answer, exact[0], Fraction(value.real))
-    return verdict
-
-
-def _last_resort(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
-    if symbolic is None:
-        raise Undecided
-    return symbolic(gold, answer)
-
-
-def _exact(tree: tuple) -> Fraction | None:
-    try:
-        return expressions.exact(tree)
-    except expressions.Irrational:
-        return None
-
-
-def compare(
-    gold: tuple, answer: tuple, field_of: Callable[[], expressions.Field], digits: int = 11, precision: int = 14
-) -> bool | None:
-    """Whether two trees agree at fixed points to so many digits; None where the precision does not allow to tell.
-
-    Agreement at five points of random reals and whole numbers decides equality of such expressions but for accidents.
-    """
-    names = expressions.symbols(gold) | expressions.symbols(answer)
-    radical = expressions.has(gold, "sqrt", "call", "pow") or expressions.has(answer, "sqrt", "call", "pow")
-    stepped = r"floor" in str(gold) or r"ceil" in str(gold)
-    seen = 0
-    for k in (range(4 if radical else 5)) if names else range(1):
-        point, field = _point(names, k, 997 if stepped and k == 3 else 9), field_of()
-        g, a = _at(gold, point, field), _at(answer, point, field)
-        if g is None and a is None:
-            continue
-        if g is None or a is None:
-            return False
-        if names and g == a == 0 and not field.largest:
-            continue  # a zero of both says nothing
-        seen += 1
-        size, difference, rounding = max(abs(g), abs(a)), abs(g - a), 10.0**-precision
-        if size <= field.largest * rounding:  # both are zero, as far as these digits tell
-            if digits < MANY_DIGITS:
-                return None
-            continue
-        if difference > 10.0**-digits * size:
-            return None if difference <= 100 * size * field.loss * rounding else False
-        if field.loss * rounding > 10.0 ** (2 - digits):
-            return None
-    if seen < (2 if names else 1):
-        return None
-    long = any(expressions.has(t, "num") and _long(t) for t in (gold, answer))
-    return None if long and digits < MANY_DIGITS else True
-
-
-def _long(tree: tuple) -> bool:
-    """Whether it holds a number of more digits than doubles tell apart from an irrational one."""
-    if tree[0] == "num":
-        return max(tree[1].numerator, tree[1].denominator) > 10**EXACT_DIGITS
-    return any(_long(part) for part in tree[1:] if isinstance(part, tuple))

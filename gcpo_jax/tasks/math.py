@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 from gcpo_jax.tasks import equivalence, extract
 from gcpo_jax.tasks.notation import tidy
+from gcpo_jax.tasks.scalars import Undecided
 from gcpo_jax.tasks.workers import Pool
 
 _POOL = Pool()
@@ -71,7 +72,7 @@ def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequenc
         if found is not None and not verdict:
             try:
                 verdict = equivalence.equal(gold, found, percent=flag)
-            except equivalence.Undecided:
+            except Undecided:
                 hard.setdefault(json.dumps([gold, found, bool(flag)]), []).append(k)
             except (ArithmeticError, ValueError, RecursionError):
                 pass  # a hostile answer is a wrong one

@@ -102,6 +102,7 @@ def tidy(text: str) -> str:
     text = text.replace(r"\\", _ROW) if r"\begin" in text else re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = _REPEATING.sub(_repeating, text)
     text = _BARE_TEXT.sub(r"\\\1", text)
+    text = re.sub(r"\\(?:text)?color\s*\{[A-Za-z]+\}", "", text)
     text = re.sub(r"\\\$|\\text\s*\{\s*\\?\$\s*\}", "¤", text)
     text = re.sub(r"\$(?=\s*\d)(?![^$]*\$)", "¤", text)  # one lone dollar before a number is money, a pair is LaTeX
     text = text.replace("$", " ").replace("**", "^") if _power_stars(text) else text.replace("$", " ").replace("**", " ")

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from typing import Literal
 
 # Canonical name: (dimension, size in the dimension's first unit, other spellings). Plurals are implied.
 _TABLE = {
@@ -37,14 +38,14 @@ _NAMES = {alias: name for name, (_, _, others) in _TABLE.items() for alias in [n
 _SINGLE = frozenset("m g s h l L".split())
 _PHYSICAL = frozenset(_TABLE)
 _EXTRA = frozenset(
-    "hz khz mhz ghz pa kpa mpa gpa atm bar psi ev kev mev gev rpm mol mmol cc ha mph kph kmh db kj mj kw mw kwh nm um fm au pc kpc"
+    "hz khz mhz ghz pa kpa mpa gpa atm bar psi ev kev mev gev rpm mol mmol cc ha db kj mj kw mw kwh nm um fm au pc kpc"
     " mpc cal kcal erg dyn am pm".split()
 )
 # A word that changes or withdraws the number before it is no unit.
 _NOT_UNITS = frozenset(
     "or and not about approximately approx roughly nearly almost least most more less fewer than greater under over above below"
     " maybe perhaps probably possibly either neither between from to thousand million billion trillion hundred dozen half"
-    " halves third thirds quarter quarters fourth tenth tenths fifth hundredth hundredths negative minus plus times divided"
+    " halves third thirds quarter quarters fourth tenth tenths fifth hundredth hundredths negative minus plus divided"
     " squared cubed factorial wait but unless if when where because since so is are was off hmm unknown undefined infinity"
     " sin cos tan log exp sqrt mod base with without plusminus no none otherwise else except".split()
 )
@@ -52,6 +53,8 @@ _MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trilli
 _WORD = r"(?<![\\A-Za-z_])(?:[A-Za-z]{2,}|[mgshlL](?![A-Za-z]))\.?(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"^(.*?[\d)}}\]!.a-zA-Z]|[a-z]|\\pi)\s*((?:{_WORD})(?:[\s/-]+(?:{_WORD}))*)$")
 _TEXT_LETTER = re.compile(r"\\(?:text|mathrm|mbox|rm|textrm)\s*\{\s*(m|g|s|h|L|l)\s*\.?\s*\}")
+_TEXT_FRACTION = re.compile(r"\\frac\s*\{\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}\s*\{\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}")
+_COMPOUND = {"mph": "mile hour", "kmh": "kilometer hour", "kph": "kilometer hour"}
 
 Unit = tuple[frozenset[str], int] | None
 
@@ -71,7 +74,7 @@ def multiply_out(text: str) -> str:
     )
 
 
-def _canonical(words: str) -> Unit | bool:
+def _canonical(words: str) -> Unit | Literal[False]:
     """The unit that words name, None for a unit that says nothing ("units"), False where they are no unit."""
     power, found = 1, set()
     words = re.sub(r"\^\s*\{?([23])\}?", r" pow\1", words)
@@ -83,11 +86,11 @@ def _canonical(words: str) -> Unit | bool:
             power = 3
         elif low in _NOT_UNITS:
             return False
-        elif low in ("of", "the", "a", "an", "total", "in") and found:
+        elif low in ("unit", "units", "per") or (found and low in ("of", "the", "a", "an", "total", "in")):
             continue
-        elif low in ("unit", "units", "per"):
-            continue
-        elif word in _NAMES or low in _NAMES and len(low) > 1:
+        elif low in _COMPOUND:
+            found.update(_COMPOUND[low].split())
+        elif word in _NAMES or (low in _NAMES and len(low) > 1):
             found.add(_NAMES.get(word) or _NAMES[low])
         elif low in _EXTRA:
             found.add(low)
@@ -105,20 +108,20 @@ def split(text: str, letters: bool) -> tuple[str, Unit]:
     if money:
         return money[1] + money[2].strip(), (frozenset(["dollar"]), 1)
     mark = re.fullmatch(r"(.*\S)\s*(%|\\pounds|\\euro|\^\{\\circ\}\s*[CF]?|¤)", text)
-    if mark and not _open(mark[1]) and not ("circ" in mark[2] and re.search(r"\\circ|\\(?:sin|cos|tan|cot|sec|csc)", mark[1])):
+    within = mark and "circ" in mark[2] and re.search(r"\\circ|\\(?:sin|cos|tan|cot|sec|csc)", mark[1])
+    if mark and not within and not _open(mark[1]):
         name = {"%": "percent", "¤": "dollar"}.get(mark[2], "degree" if "circ" in mark[2] else mark[2])
         return mark[1], (frozenset([name]), 1)
     # "per cent" in two words, and Celsius after degrees, are the unit alone.
     text = re.sub(r"\bper cent\b", "percent", text)
     text = re.sub(r"(\^\{\\circ\}|degrees?)\s*(?:Celsius|Fahrenheit)$", "degrees", text)
     tail = _TAIL.match(text)
-    while tail:
+    if tail:
         value, words = tail[1], tail[2]
         lone = re.fullmatch(r"([mgshlL])\.?(\s*\^\s*\{?[23]\}?)?", words)
         unit = False if lone and not letters else _canonical(words)
         if unit is not False and re.search(r"\d|\\pi|[a-z]", value) and not _open(value):
             return value.strip(), unit
-        return text, None
     return text, None
 
 

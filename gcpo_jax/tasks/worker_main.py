@@ -18,7 +18,7 @@ import mpmath
 from latex2sympy2_extended import latex2sympy
 from math_verify import verify
 
-from gcpo_jax.tasks import equivalence, expressions
+from gcpo_jax.tasks import equivalence, expressions, scalars, values
 
 MAX_SYMBOLIC, DIGITS, PRECISION, RECURSION = 300, 40, 110, 3000
 # sympy multiplies such a tower out while it reads it; the time limit would stop it, at the cost of a worker.
@@ -37,10 +37,10 @@ def symbolic(gold: str, answer: str) -> bool:
             return False
         return verify(latex2sympy(gold), latex2sympy(answer), timeout_seconds=None)
 
-    def field() -> expressions.Field:
-        return expressions.Field(mpmath.mp, lambda value: mpmath.mpf(value.numerator) / value.denominator)
+    def field() -> values.Field:
+        return values.Field(mpmath.mp, lambda value: mpmath.mpf(value.numerator) / value.denominator)
 
-    return bool(equivalence.compare(*trees, field, DIGITS, PRECISION))
+    return bool(scalars.compare(*trees, field, DIGITS, PRECISION))
 
 
 def answer(question: list) -> bool:
