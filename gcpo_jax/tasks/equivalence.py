@@ -1,7 +1,7 @@
-r"""Whether an answer is the gold: structure first (lists, tuples, intervals, sets, matrices, equations), then its scalars.
+r"""Whether an answer is the gold: structure first (lists, tuples, intervals, sets, matrices, equations), then scalars.
 
-Everything here is quick and bounded except the last resort on scalars, which is passed in: `symbolic(gold, answer)`.
-Without it `equal` raises Undecided where it would be needed. What is decided how is listed in math.py.
+Everything here is quick and bounded except the last resort on scalars, which is passed in: `symbolic(gold,
+answer)`. Without it `equal` raises Undecided where it would be needed. What is decided how is listed in math.py.
 """
 
 import functools
@@ -13,31 +13,35 @@ from gcpo_jax.tasks.notation import compact, tidy
 from gcpo_jax.tasks.scalars import Symbolic, proportional, same_scalar, tree_of
 
 MAX_ANSWER, MAX_ITEMS = 2000, 40
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
-_NUMBER_WORDS = {w: k for k, w in enumerate([*_WORDS, "eighteen", "nineteen", "twenty"])}
+_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty"""
+_NUMBER_WORDS = {word: k for k, word in enumerate(_WORDS.split())}
 _SYNONYMS = {
     "allrealnumbers": r"(-\infty,\infty)", "allreals": r"(-\infty,\infty)", r"\R": r"(-\infty,\infty)",
-    "infinity": r"\infty", "+\\infty": r"\infty", r"\{\}": r"\emptyset", "emptyset": r"\emptyset", "theemptyset": r"\emptyset",
-    "dne": "doesnotexist",
+    "infinity": r"\infty", "+\\infty": r"\infty", r"\{\}": r"\emptyset", "emptyset": r"\emptyset",
+    "theemptyset": r"\emptyset", "dne": "doesnotexist",
 }  # fmt: skip
 
 
 class Value(NamedTuple):
-    """What an answer is: its kind, its parts, and for tuples the two brackets, for ranges the variable, for leaves the text."""
+    """What an answer is. The mark: a tuple's two brackets, and a range's variable after them; a leaf's text."""
 
     kind: str  # "leaf" | "list" | "set" | "tuple" | "union" | "matrix" | "equation"
     parts: tuple = ()
     mark: str = ""
 
 
+_WHOLE = re.compile(r"[A-Za-z]\s*\\in\s*(?:\\mathbb\s*\{?)?[ZN]\}?(?:\^[+*])?")  # "k in Z", said beside an answer
+
+
 def _split(text: str, pattern: str) -> list[str]:
     """The pieces between matches of the pattern outside all brackets."""
-    pieces, depth, start, bars = [], 0, 0, 0
+    pieces, depth, start = [], 0, 0
     finder = re.compile(rf"(?P<sep>{pattern})|\\[{{}}]|\\begin|\\end|\\[lr](?:angle|floor|ceil)\b|[()\[\]{{}}]")
     for found in finder.finditer(text):
         token = found[0]
         if found["sep"] is not None:
-            if depth <= 0 and bars == 0:
+            if depth <= 0:
                 pieces.append(text[start : found.start()].strip())
                 start = found.end()
         elif token in ("(", "[", "{", r"\{", r"\begin", r"\langle", r"\lfloor", r"\lceil"):
@@ -69,7 +73,7 @@ def read(text: str) -> Value:
     """The structure of a tidy answer."""
     text = _SYNONYMS.get(re.sub(r"[\s.]", "", text).lower() if "\\R" not in text else text.strip(), text)
     pieces = [p for p in _split(text, _SEPARATOR) if p]
-    pieces = [p for p in pieces if not re.fullmatch(r"[A-Za-z]\s*\\in\s*(?:\\mathbb\s*\{?)?[ZN]\}?(?:\^[+*])?", p)] or pieces
+    pieces = [p for p in pieces if not _WHOLE.fullmatch(p)] or pieces
     if len(pieces) > MAX_ITEMS:
         return Value("leaf", mark=text)
     if len(pieces) > 1:
@@ -128,7 +132,7 @@ def _relation(text: str) -> Value | None:
     sides = _split(text, _RELATION)
     if len(sides) == 1 or not all(sides):
         return None
-    signs = [m for m in re.findall(_RELATION, text)]
+    signs = re.findall(_RELATION, text)
     if len(signs) != len(sides) - 1:
         return None
     if set(signs) == {"="}:
@@ -211,7 +215,9 @@ def _same(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
     if "matrix" in kinds:
         column, other = (gold, answer) if gold.kind == "matrix" else (answer, gold)
         flat = tuple(row[0] for row in column.parts) if all(len(row) == 1 for row in column.parts) else ()
-        return other.kind == "tuple" and other.mark in ("()", r"\langle\rangle") and _ordered(flat, other.parts, symbolic)
+        return (
+            other.kind == "tuple" and other.mark in ("()", r"\langle\rangle") and _ordered(flat, other.parts, symbolic)
+        )
     if kinds == ("tuple", "tuple"):
         return _tuples(gold, answer, symbolic)
     if "union" in kinds and set(kinds) <= {"union", "list"}:
@@ -269,9 +275,9 @@ def _tuples(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
 
 
 _LABEL = re.compile(
-    r"(?:\\?[A-Za-z]+(?:_\{?[\w, ]+\}?)?'*|[A-Z]{2,}(?:\^\{?2\}?)?|\|?[A-Z]{2}\|?|\\(?:vec|overline|angle|triangle)\s*\{?[A-Z]+\}?"
-    r"|[a-zA-Z]\s*\([\w, ]+\)|\\frac\{[A-Z_\d]+\}\{[A-Z_\d]+\}|(?:\\(?:sin|cos|tan)\s*)(?:\\angle\s*)?(?:[A-Z]+|\\[a-z]+)"
-    r"|[A-Za-z ]{3,}|\([A-Za-z_\d{}, ]+\))"
+    r"(?:\\?[A-Za-z]+(?:_\{?[\w, ]+\}?)?'*|[A-Z]{2,}(?:\^\{?2\}?)?|\|?[A-Z]{2}\|?"
+    r"|\\(?:vec|overline|angle|triangle)\s*\{?[A-Z]+\}?|[a-zA-Z]\s*\([\w, ]+\)|\\frac\{[A-Z_\d]+\}\{[A-Z_\d]+\}"
+    r"|(?:\\(?:sin|cos|tan)\s*)(?:\\angle\s*)?(?:[A-Z]+|\\[a-z]+)|[A-Za-z ]{3,}|\([A-Za-z_\d{}, ]+\))"
 )
 _TOTAL = re.compile(r"\d*[a-z](?:\s*[+-]?\s*\d*[a-z])+")  # m + n, which many problems ask for
 
@@ -284,7 +290,11 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
                 return False
         if compact(names[0]) == compact(others[0]) and _same(read(last), read(other), symbolic):
             return True
-        if len(names) == len(others) == 1 and compact(names[0]) == compact(other) and compact(last) == compact(others[0]):
+        if (
+            len(names) == len(others) == 1
+            and compact(names[0]) == compact(other)
+            and compact(last) == compact(others[0])
+        ):
             return True
         functions = [bool(re.fullmatch(r"y|[a-zA-Z]\s*\([a-z]\)", n)) for n in (names[0], others[0])]
         if all(functions) and "(" in names[0] + others[0] and "y" in (names[0], others[0]):
@@ -331,12 +341,11 @@ def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
         answer = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", answer)
     if ":" in gold or ":" in answer:
         return _ratios(gold, answer, symbolic)
-    based = [re.fullmatch(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*_\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?", t) for t in (gold, answer)]
-    if any(based):
-        return _bases(*based, gold, answer)
+    if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
+        return _numeral(gold) == _numeral(answer)
     pure = not re.search("[A-Za-z]", gold.replace(r"\frac", ""))
     (g, unit), (a, other) = quantities.split(gold, True), quantities.split(answer, True)
-    if unit is None or len(unit[0] & frozenset(["meter", "gram", "second", "hour", "liter"])) == 0 and not pure:
+    if unit is None or not (pure or unit[0] & {"meter", "gram", "second", "hour", "liter"}):
         g, unit = quantities.split(gold, letters=False)
     elif re.fullmatch(r".*[^A-Za-z{][mgshlL](?:\^\{?[23]\}?)?", gold):
         g, unit = quantities.split(gold, letters=False)  # unmarked in the gold, a letter is a variable
@@ -380,19 +389,24 @@ def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
         return halves[0] == halves[1] or "" in halves
     sides = [[s.strip() for s in t.split(":")] for t in (gold, answer)]
     if sorted(map(len, sides)) == [1, 2]:  # 3:4 as a fraction
-        return all(map(_constant, sides[0] + sides[1])) and same_scalar(
-            *(f"({s[0]})/({s[1]})" if len(s) == 2 else s[0] for s in sides), symbolic, False
-        )
+        g, a = (f"({s[0]})/({s[1]})" if len(s) == 2 else s[0] for s in sides)
+        return all(map(_constant, sides[0] + sides[1])) and same_scalar(g, a, symbolic, False)
     trees = [[tree_of(s) for s in side] for side in sides]
     if len(trees[0]) != len(trees[1]) or any(t is None for side in trees for t in side):
         return False
     (first, *rest), (other, *others) = sides
-    return all(same_scalar(f"({g})({other})", f"({a})({first})", symbolic, False) for g, a in zip(rest, others, strict=True))
+    return all(
+        same_scalar(f"({g})({other})", f"({a})({first})", symbolic, False) for g, a in zip(rest, others, strict=True)
+    )
 
 
-def _bases(gold: re.Match | None, answer: re.Match | None, left: str, right: str) -> bool:
-    """Numerals in a base are compared as numerals; only base ten may go unsaid."""
-    names = {str(k): k for k in range(2, 37)} | _NUMBER_WORDS
-    ours = (gold[1].lstrip("0"), names.get(gold[2])) if gold else (left.lstrip("0"), 10)
-    theirs = (answer[1].lstrip("0"), names.get(answer[2])) if answer else (right.lstrip("0"), 10)
-    return ours == theirs and ours[1] is not None
+_BASED = re.compile(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*_\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?")
+
+
+def _numeral(text: str) -> tuple[str, int | str]:
+    """Digits and base. Numerals in a base are compared as numerals; only base ten may go unsaid."""
+    found = _BASED.fullmatch(text)
+    if not found:
+        return text.lstrip("0"), 10
+    base = found[2]
+    return found[1].lstrip("0"), int(base) if base.isdecimal() and len(base) < 4 else _NUMBER_WORDS.get(base, base)

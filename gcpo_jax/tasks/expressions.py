@@ -1,4 +1,5 @@
-r"""A small reader of scalar LaTeX expressions. `parse` gives a tree of tuples, bounded in size and depth; values.py evaluates it.
+r"""A small reader of scalar LaTeX expressions. `parse` gives a tree of tuples, bounded in size and depth; values.py
+evaluates it.
 
 No text is ever evaluated as code.
 """
@@ -22,16 +23,18 @@ _TOKEN = re.compile(
     r"\s*(\d+(?:\.\d*)?[eE][+-]?\d+(?![\w.])|\.?\d+(?:\.\d*)?(?:[eE][+-]?\d+(?!\w))?|\\[A-Za-z]+|\\[{}|]|[A-Za-z]'*"
     r"|[-+*/^_!|(){}\[\],%=:])"
 )
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot R aleph triangle angle".split()
-)
-_CALLS = frozenset(
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log exp abs floor ceil".split()
-)
-_ACCENTS = frozenset("vec hat bar dot ddot tilde overline mathcal mathbb prime widehat widetilde".split())
+_GREEK_WORDS = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
+sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega
+hbar ell odot R aleph triangle angle"""
+_GREEK = frozenset(_GREEK_WORDS.split())
+_CALLS_WORDS = "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log exp abs floor ceil"
+_CALLS = frozenset(_CALLS_WORDS.split())
+_ACCENTS_WORDS = "vec hat bar dot ddot tilde overline mathcal mathbb prime widehat widetilde"
+_ACCENTS = frozenset(_ACCENTS_WORDS.split())
 _OPEN = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
-_STOP = frozenset([")", "]", "}", r"\}", r"\rfloor", r"\rceil", ",", "+", "-", "*", "/", r"\cdot", r"\times", "=", ":", "%"])
+_STOP = frozenset(
+    [")", "]", "}", r"\}", r"\rfloor", r"\rceil", ",", "+", "-", "*", "/", r"\cdot", r"\times", "=", ":", "%"]
+)
 
 
 class _Reader:
@@ -108,7 +111,11 @@ class _Reader:
         if bare and whole.isdigit() and self.next == r"\frac":
             mark = self.at
             part = self.power()
-            if part[0] == "div" and all(p[0] == "num" and p[1].denominator == 1 for p in part[1:]) and part[1][1] < part[2][1]:
+            if (
+                part[0] == "div"
+                and all(p[0] == "num" and p[1].denominator == 1 for p in part[1:])
+                and part[1][1] < part[2][1]
+            ):
                 return ("add", value, part), False
             self.at = mark
         return value, bare
@@ -233,7 +240,12 @@ class _Reader:
             value = self.power() if self.next == "|" else self.group(self.next)
         else:  # \sin 2t: the factors up to the next sign, operator or function
             value = self.signed()
-            while self.next and self.next not in _STOP and self.next[1:] not in _CALLS and not (self.next == "|" and self.bars):
+            while (
+                self.next
+                and self.next not in _STOP
+                and self.next[1:] not in _CALLS
+                and not (self.next == "|" and self.bars)
+            ):
                 value = ("mul", value, self.power())
         value = ("call", name, value)
         if base is not None:

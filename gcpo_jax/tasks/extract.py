@@ -1,9 +1,11 @@
 r"""The final answer of a completion, as text; None where there is none, or more than one, or it is left open.
 
-In order: the last \boxed{}, the last "answer is" or "answer:" or "####", the mathematics that ends the text, a short text as it
-stands, the last number. Only what follows </think> counts, and thinking that is not finished has no answer.
+In order: the last \boxed{}, the last "answer is" or "answer:" or "####", the mathematics that ends the text, a
+short text as it stands, the last number. Only what follows </think> counts, and thinking that is not finished has
+no answer.
 """
 
+import itertools
 import re
 
 from gcpo_jax.tasks.notation import compact, tidy
@@ -12,18 +14,21 @@ MAX_CONTENT, MAX_TEXT, LAST_BOXES = 2000, 20_000, 6
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{\\]|\\[A-Za-z]+)")
 _PHRASE = re.compile(
-    r"(?:(?:final|correct|right)\s+)?(?:answers?|result|solution|option|choice)(?:\s+(?:to|of|for)\s[^.\n:]{0,60}?)?\s*(?:\*\*)?\s*(?:is|are|=|:|was|will be|"
-    r"would be|must be)\s*(?:\*\*)?\s*:?|(?<!#)####(?!#)",
+    r"(?:(?:final|correct|right)\s+)?(?:answers?|result|solution|option|choice)(?:\s+(?:to|of|for)\s[^.\n:]{0,60}?)?"
+    r"\s*(?:\*\*)?\s*(?:is|are|=|:|was|will be|would be|must be)\s*(?:\*\*)?\s*:?|(?<!#)####(?!#)",
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
-    r"\b(?:either|maybe|perhaps|possibly|might be|could be|may be|can't decide|cannot decide|not sure|unsure|uncertain|no idea"
-    r"|i guess|a guess|guessing|probably|one of)\b|\?\?",
+    r"\b(?:either|maybe|perhaps|possibly|might be|could be|may be|can't decide|cannot decide|not sure|unsure|uncertain"
+    r"|no idea|i guess|a guess|guessing|probably|one of)\b|\?\?",
     re.IGNORECASE,
 )
-_NEGATION = re.compile(r"\b(?:not|isn't|never|cannot be|can't be)\s*(?:equal to\s*)?(?:\$|\\\(|\*\*)?\s*$", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not|isn't|never|cannot be|can't be)\s*(?:equal to\s*)?(?:\$|\\\(|\*\*)?\s*$", re.IGNORECASE
+)
 _RETRACTION = re.compile(
-    r"\b(?:wait|actually|scratch that|correction|that(?:'s| is) (?:wrong|incorrect|not right)|is (?:wrong|incorrect)|or maybe|or perhaps"
+    r"\b(?:wait|actually|scratch that|correction|that(?:'s| is) (?:wrong|incorrect|not right)"
+    r"|is (?:wrong|incorrect)|or maybe|or perhaps"
     r"|on second thought|alternatively)\b",
     re.IGNORECASE,
 )
@@ -106,7 +111,9 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
         gap = text[earlier[1] : group[0][0]]
         joined = len(gap) <= 400 and _CONNECTIVE.fullmatch(gap)
         short = len(gap.strip()) <= 40 and not re.search(r"[.!]\s|\n", gap)
-        claims = all(re.search(r"answer\W+(?:is|:)\W*$", text[max(0, b[0] - 30) : b[0]], re.I) for b in (earlier, group[0]))
+        claims = all(
+            re.search(r"answer\W+(?:is|:)\W*$", text[max(0, b[0] - 30) : b[0]], re.I) for b in (earlier, group[0])
+        )
         if not (joined or short or (claims and "\n\n" not in gap)):
             break
         group.insert(0, earlier)
@@ -117,8 +124,11 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
         return None if _contradicted(text[last[1] :], last[2]) else last[2]
     different = list({_key(content): content for _, _, content in group}.values())
     if len(different) > 1:
-        gaps = [text[a[1] : b[0]] for a, b in zip(group, group[1:], strict=False)]
-        if all(re.fullmatch(r"[\s$\\()]*(?:,|;|and|,\s*and|\\text\{\s*and\s*\}|\\quad)?[\s$\\()]*", g) and "\n\n" not in g for g in gaps):
+        gaps = [text[a[1] : b[0]] for a, b in itertools.pairwise(group)]
+        if all(
+            re.fullmatch(r"[\s$\\()]*(?:,|;|and|,\s*and|\\text\{\s*and\s*\}|\\quad)?[\s$\\()]*", g) and "\n\n" not in g
+            for g in gaps
+        ):
             return ", ".join(different)
         return None
     return None if _contradicted(text[last[1] :], last[2]) else last[2]
@@ -127,7 +137,9 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
 def _contradicted(tail: str, content: str) -> bool:
     """Whether what follows the answer takes it back or offers another."""
     tail = tail[:400]
-    other = re.match(r"[\s$.)\]\\*]*,?\s*\(?(?:or|and/or)\b(?!\s+(?:equivalently|about|approximately|in))\s*(.{1,60})", tail)
+    other = re.match(
+        r"[\s$.)\]\\*]*,?\s*\(?(?:or|and/or)\b(?!\s+(?:equivalently|about|approximately|in))\s*(.{1,60})", tail
+    )
     if other:
         offered = _NUMBER.search(other[1])
         return offered is None or not _alike(offered[0], content)
@@ -180,7 +192,9 @@ def _content(text: str, start: int) -> str | None:
     if _HEDGE.search(whole) or re.match(r"(?:not|n't)\b", whole):
         return None
     clause = _CLAUSE.split(whole)[0].strip().strip("*_ ").strip()
-    clause = re.sub(r"^(?:option|choice|that|equal to|simply|just|therefore|thus|indeed)\s+", "", clause, flags=re.IGNORECASE)
+    clause = re.sub(
+        r"^(?:option|choice|that|equal to|simply|just|therefore|thus|indeed)\s+", "", clause, flags=re.IGNORECASE
+    )
     after = whole[len(clause) :]
     if re.match(r"[\s.$*]*\bor\b", after):
         return None
@@ -196,7 +210,9 @@ def _content(text: str, start: int) -> str | None:
 
 
 def _only_math(clause: str) -> bool:
-    return not re.search(r"(?<![\\A-Za-z])[a-z]{3,}", re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause))
+    return not re.search(
+        r"(?<![\\A-Za-z])[a-z]{3,}", re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause)
+    )
 
 
 def _last_math(found: list[re.Match]) -> str:

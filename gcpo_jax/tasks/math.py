@@ -1,31 +1,36 @@
-r"""Grading mathematics: `grade`, `grade_all`, `answer` (what majority votes compare) and `reward`. Never raises, never hangs.
+r"""Grading mathematics: `grade`, `grade_all`, `answer` (what majority votes compare) and `reward`. Never raises, never
+hangs.
 
-How: extract.py finds the final answer, notation.py spells it one way, equivalence.py compares structures and reads scalars with
-expressions.py (exact rationals, else values at fixed points). What that cannot settle goes to math-verify in worker processes
-that may be killed (workers.py). No text is evaluated as code.
+How: extract.py finds the final answer, notation.py spells it one way, equivalence.py compares structures and reads
+scalars with expressions.py (exact rationals, else values at fixed points). What that cannot settle goes to
+math-verify in worker processes that may be killed (workers.py). No text is evaluated as code.
 
 What is decided where graders differ (the reward must not be gamed: a doubtful answer is wrong):
 
-* No answer, unfinished thinking or an unfinished box, two different answers in the final statement, "12 or 13" for 12, "either",
-  "maybe": wrong. Boxes of earlier steps do not count. Two boxes joined by "and" are a list.
-* Units and degrees may be left out on either side; where both name one it must be the same or convert exactly (5 m = 500 cm,
-  $0.50 = 50 cents; 5 cm is not 5 m). Any noun counts as a unit, not a word that changes the number ("12 or more", "5 million").
-* 50% is 0.5 and is not 50, unless the problem asks for a percentage (`percent`; `reward` sees that in row["problem"]).
-* 0.5 = 1/2; 0.33 is not 1/3, nor 1.414 the root of 2. A gold of >= 3 digits in decimals that is no binary fraction is taken as
-  rounded: an answer with more digits that rounds to it is right. A gold in scientific notation (4.5e33): an answer that agrees to the
-  digits of the coarser one, and within 1 %. Integers are exact, at any size.
-* (1,2) is not [1,2], nor (2,1). {1,2} = {2,1}, and lists "1, 2", "1 and 2" in any order; a list is not a tuple. 1,000 is a thousand, 
-  "1, 000" a list, (1,000) a pair. \pm makes two values. Inequalities are intervals of their variable.
+* No answer, unfinished thinking or an unfinished box, two different answers in the final statement, "12 or 13" for
+  12, "either", "maybe": wrong. Boxes of earlier steps do not count. Two boxes joined by "and" are a list.
+* Units and degrees may be left out on either side; where both name one it must be the same or convert exactly (5 m =
+  500 cm, $0.50 = 50 cents; 5 cm is not 5 m). Any noun counts as a unit, not a word that changes the number ("12 or
+  more", "5 million").
+* 50% is 0.5 and is not 50, unless the problem asks for a percentage (`percent`; `reward` sees that in
+  row["problem"]).
+* 0.5 = 1/2; 0.33 is not 1/3, nor 1.414 the root of 2. A gold of >= 3 digits in decimals that is no binary fraction is
+  taken as rounded: an answer with more digits that rounds to it is right. A gold in scientific notation (4.5e33): an
+  answer that agrees to the digits of the coarser one, and within 1 %. Integers are exact, at any size.
+* (1,2) is not [1,2], nor (2,1). {1,2} = {2,1}, and lists "1, 2", "1 and 2" in any order; a list is not a tuple. 1,000
+  is a thousand, "1, 000" a list, (1,000) a pair. \pm makes two values. Inequalities are intervals of their variable.
 * x = 5 may stand for 5 and y = 2x+3 for 2x+3, never for y = 5; implicit equations may differ by a factor.
-* A base may not be left out unless it is ten: 101_2 is not 101. 1/2\pi is read from the left, (1/2)\pi. 1\frac{3}{4} is a mixed number.
-* Ratios 2:4 = 1:2; clock times are times. Text ignores case, articles and punctuation; single letters do not ignore case.
+* A base may not be left out unless it is ten: 101_2 is not 101. 1/2\pi is read from the left, (1/2)\pi. 1\frac{3}{4}
+  is a mixed number.
+* Ratios 2:4 = 1:2; clock times are times. Text ignores case, articles and punctuation; single letters do not ignore
+  case.
 """
 
 import json
 from collections.abc import Sequence
 
 from gcpo_jax.tasks import equivalence, extract
-from gcpo_jax.tasks.notation import tidy
+from gcpo_jax.tasks.notation import compact, tidy
 from gcpo_jax.tasks.scalars import Undecided
 from gcpo_jax.tasks.workers import Pool
 
@@ -36,7 +41,7 @@ MAX_COMPLETION = 4_000_000
 def answer(completion: str) -> str | None:
     """The final answer of a completion as text in one spelling; None where it has none, or not one."""
     found = _found(completion)
-    return None if found is None else tidy(found) or None
+    return None if found is None else compact(tidy(found)) or None
 
 
 def _found(completion: str) -> str | None:

@@ -1,7 +1,8 @@
-r"""One spelling for what can be written in many ways: Unicode, LaTeX's spacing and sizes, thousands, missing backslashes.
+r"""One spelling for what can be written in many ways: Unicode, LaTeX's spacing and sizes, thousands, missing
+backslashes.
 
-`tidy` keeps the meaning and is never given to an evaluator of Python; text in \text{...} is unwrapped, with a space kept
-on both sides.
+`tidy` keeps the meaning and is never given to an evaluator of Python; text in \text{...} is unwrapped, with a space
+kept on both sides.
 """
 
 import functools
@@ -11,12 +12,12 @@ import unicodedata
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "÷": "/", "⁄": "/", "∕": "/", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ",
-    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ø": r"\emptyset ",
-    "±": r"\pm ", "∓": r"\mp ", "°": r"^{\circ}", "º": r"^{\circ}", "ℝ": r"\mathbb{R}", "∠": r"\angle ", "△": r"\triangle ",
-    "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ",
-    "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "ρ": r"\rho ",
-    "δ": r"\delta ", "∣": "|", "〈": r"\langle ", "〉": r"\rangle ", "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",",
-    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'",
+    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "ø": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "°": r"^{\circ}", "º": r"^{\circ}", "ℝ": r"\mathbb{R}",
+    "∠": r"\angle ", "△": r"\triangle ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
+    "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ",
+    "Δ": r"\Delta ", "Ω": r"\Omega ", "ρ": r"\rho ", "δ": r"\delta ", "∣": "|", "〈": r"\langle ", "〉": r"\rangle ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",", "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'",
     "£": r"\pounds ", "€": r"\euro ",
 }  # fmt: skip
 # What a careless reader of backslashes has made of LaTeX: a form feed for \\f, a tab for \\t, a bell for \\b.
@@ -24,8 +25,8 @@ _ESCAPES = {"\x0crac": r"\frac", "\text": r"\text", "\times": r"\times", "\x08ox
 _SUPER = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUB = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _VULGAR = {
-    "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5),
-    "⅙": (1, 6), "⅚": (5, 6), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8),
+    "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5),
+    "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8),
 }  # fmt: skip
 
 _FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt floor ceil abs"
@@ -39,14 +40,15 @@ _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\s*\\overline\s*\{?(\d+)\}?")
 _ROW = "\x02"  # stands for the end of a matrix's row
 _BARE_TEXT = re.compile(r"(?<![\\A-Za-z])(text|mathrm|mbox|boxed)(?=\{)")
 _RENAMED = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\le": r"\leq", r"\ge": r"\geq", r"\leqslant": r"\leq",
-    r"\geqslant": r"\geq", r"\leqq": r"\leq", r"\geqq": r"\geq", r"\ne": r"\neq", r"\infinity": r"\infty", r"\ast": r"\cdot",
-    r"\varnothing": r"\emptyset", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lvert": "|",
-    r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\div": "/", r"\lt": "<", r"\gt": ">", r"\degree": r"^{\circ}",
-    r"\degrees": r"^{\circ}", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\colon": ":", r"\to": ":", r"\dots": r"\ldots",
-    r"\cdots": r"\ldots", r"\arcsec": r"\arcsec", r"\lor": " or ", r"\vee": " or ", r"\land": " and ", r"\wedge": " and ",
-    r"\tg": r"\tan", r"\ctg": r"\cot", r"\arctg": r"\arctan", r"\overrightarrow": r"\vec", r"\varphi": r"\phi",
-    r"\quad": " ", r"\qquad": " ", r"\space": " ", r"\asin": r"\arcsin", r"\acos": r"\arccos", r"\atan": r"\arctan",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\le": r"\leq", r"\ge": r"\geq",
+    r"\leqslant": r"\leq", r"\geqslant": r"\geq", r"\leqq": r"\leq", r"\geqq": r"\geq", r"\ne": r"\neq",
+    r"\infinity": r"\infty", r"\ast": r"\cdot", r"\varnothing": r"\emptyset", r"\lbrace": r"\{", r"\rbrace": r"\}",
+    r"\lbrack": "[", r"\rbrack": "]", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\div": "/",
+    r"\lt": "<", r"\gt": ">", r"\degree": r"^{\circ}", r"\degrees": r"^{\circ}", r"\dbinom": r"\binom",
+    r"\tbinom": r"\binom", r"\colon": ":", r"\to": ":", r"\dots": r"\ldots", r"\cdots": r"\ldots",
+    r"\arcsec": r"\arcsec", r"\lor": " or ", r"\vee": " or ", r"\land": " and ", r"\wedge": " and ", r"\tg": r"\tan",
+    r"\ctg": r"\cot", r"\arctg": r"\arctan", r"\overrightarrow": r"\vec", r"\varphi": r"\phi", r"\quad": " ",
+    r"\qquad": " ", r"\space": " ", r"\asin": r"\arcsin", r"\acos": r"\arccos", r"\atan": r"\arctan",
 }  # fmt: skip
 _DROPPED = re.compile(
     r"\\(?:left|right|middle|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg"
@@ -78,7 +80,7 @@ def _unicode(text: str) -> str:
 
 
 def _thousands(text: str) -> str:
-    """Digit groups joined; inside brackets a comma separates entries, so only LaTeX's explicit separators join there."""
+    """Digit groups joined; inside brackets a comma separates entries, and only LaTeX's explicit separators join."""
     text = _EXPLICIT.sub("", text)
     bracketed = re.search(r"[(\[]|\\\{", text) and re.search(r"\d,\d", text)
     if not bracketed:
@@ -105,10 +107,9 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(?:text)?color\s*\{[A-Za-z]+\}", "", text)
     text = re.sub(r"\\\$|\\text\s*\{\s*\\?\$\s*\}", "¤", text)
     text = re.sub(r"\$(?=\s*\d)(?![^$]*\$)", "¤", text)  # one lone dollar before a number is money, a pair is LaTeX
-    text = text.replace("$", " ").replace("**", "^") if _power_stars(text) else text.replace("$", " ").replace("**", " ")
-    text = re.sub(r"\\[()\[\]](?![^\\]*\d\s*pt)", " ", text)
-    text = _DROPPED.sub("", text.replace(r"\!", "\\!")) if r"\!" not in text else _DROPPED.sub("", _thousands(text))
-    text = _thousands(_unwrap(text))
+    text = re.sub(r"(?<=[\w)}\]])\*\*(?=[\w({\\-])", "^", text.replace("$", " ")).replace("**", " ")
+    text = re.sub(r"\\[()\[\]]", " ", text)
+    text = _thousands(_unwrap(_DROPPED.sub("", _thousands(text))))
     text = re.sub(r"\\[,;:> ~]|~|\\hspace\{[^{}]*\}|\\phantom\{[^{}]*\}", " ", text)
     text = re.sub(r"\\[A-Za-z]+", lambda m: _RENAMED[m[0]] + " " if m[0] in _RENAMED else m[0], text)
     text = re.sub(r"\\%|\\percent", "%", text).replace(r"\#", "#").replace(r"\&", "&").replace(r"\_", "_")
@@ -135,15 +136,11 @@ def _repeating(found: re.Match) -> str:
     return rf"\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{bottom}}}"
 
 
-def _power_stars(text: str) -> bool:
-    return re.search(r"[\w)}]\s*\*\*\s*[\w({-]", text) is not None and text.count("**") % 2 == 1
-
-
 def _trim(text: str) -> str:
     """Without the punctuation of the sentence around it, and without braces or brackets that enclose all of it."""
     for _ in range(6):
         before = text
-        text = text.strip(" \t\n\"`*")
+        text = text.strip(' \t\n"`*')
         text = re.sub(r"(?:[.,;:?]|\\\\)+$", "", text) if not re.fullmatch(r"-?\d+\.", text) else text[:-1]
         text = re.sub(r"^[,;:]+", "", text).strip()
         if text.startswith("{") and _closes(text) == len(text) - 1:
@@ -166,6 +163,6 @@ def _closes(text: str) -> int:
 
 
 def compact(text: str) -> str:
-    r"""Spaces removed where they mean nothing, braces around one character too: the form in which strings are compared."""
+    """Without spaces that mean nothing and braces around one character: the form in which strings are compared."""
     text = re.sub(r"(\\[A-Za-z]+) (?=[A-Za-z])", "\\1\x01", text).replace(" ", "").replace("\x01", " ")
     return re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)

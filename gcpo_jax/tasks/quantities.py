@@ -35,25 +35,24 @@ _TABLE = {
     "year": ("year", Fraction(1), "yr yrs"),
 }
 _NAMES = {alias: name for name, (_, _, others) in _TABLE.items() for alias in [name, *others.split()]}
-_SINGLE = frozenset("m g s h l L".split())
+_SINGLE_WORDS = "m g s h l L"
+_SINGLE = frozenset(_SINGLE_WORDS.split())
 _PHYSICAL = frozenset(_TABLE)
-_EXTRA = frozenset(
-    "hz khz mhz ghz pa kpa mpa gpa atm bar psi ev kev mev gev rpm mol mmol cc ha db kj mj kw mw kwh nm um fm au pc kpc"
-    " mpc cal kcal erg dyn am pm".split()
-)
+_EXTRA_WORDS = """hz khz mhz ghz pa kpa mpa gpa atm bar psi ev kev mev gev rpm mol mmol cc ha db kj mj kw mw kwh
+nm um fm au pc kpc mpc cal kcal erg dyn am pm"""
+_EXTRA = frozenset(_EXTRA_WORDS.split())
 # A word that changes or withdraws the number before it is no unit.
-_NOT_UNITS = frozenset(
-    "or and not about approximately approx roughly nearly almost least most more less fewer than greater under over above below"
-    " maybe perhaps probably possibly either neither between from to thousand million billion trillion hundred dozen half"
-    " halves third thirds quarter quarters fourth tenth tenths fifth hundredth hundredths negative minus plus divided"
-    " squared cubed factorial wait but unless if when where because since so is are was off hmm unknown undefined infinity"
-    " sin cos tan log exp sqrt mod base with without plusminus no none otherwise else except".split()
-)
+_NOT_UNITS_WORDS = """or and not about approximately approx roughly nearly almost least most more less fewer than
+greater under over above below maybe perhaps probably possibly either neither between from to
+thousand million billion trillion hundred dozen half halves third thirds quarter quarters fourth
+tenth tenths fifth hundredth hundredths negative minus plus divided squared cubed factorial wait
+but unless if when where because since so is are was off hmm unknown undefined infinity sin cos
+tan log exp sqrt mod base with without plusminus no none otherwise else except"""
+_NOT_UNITS = frozenset(_NOT_UNITS_WORDS.split())
 _MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD = r"(?<![\\A-Za-z_])(?:[A-Za-z]{2,}|[mgshlL](?![A-Za-z]))\.?(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"^(.*?[\d)}}\]!.a-zA-Z]|[a-z]|\\pi)\s*((?:{_WORD})(?:[\s/-]+(?:{_WORD}))*)$")
 _TEXT_LETTER = re.compile(r"\\(?:text|mathrm|mbox|rm|textrm)\s*\{\s*(m|g|s|h|L|l)\s*\.?\s*\}")
-_TEXT_FRACTION = re.compile(r"\\frac\s*\{\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}\s*\{\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}")
 _COMPOUND = {"mph": "mile hour", "kmh": "kilometer hour", "kph": "kilometer hour"}
 
 Unit = tuple[frozenset[str], int] | None
@@ -103,7 +102,7 @@ def _canonical(words: str) -> Unit | Literal[False]:
 
 
 def split(text: str, letters: bool) -> tuple[str, Unit]:
-    """(value, unit) of a tidy quantity; the unit is None where there is none. `letters`: a lone m, g, s, h, L is a unit."""
+    """(value, unit) of a tidy quantity, the unit None where there is none; letters: a lone m, g, s, h, L is a unit."""
     money = re.fullmatch(r"([-+]?)\s*¤\s*([-+]?.+?)(?:\s*(?:dollars?|usd))?", text, re.IGNORECASE)
     if money:
         return money[1] + money[2].strip(), (frozenset(["dollar"]), 1)
@@ -130,7 +129,7 @@ def _open(text: str) -> bool:
 
 
 def conversion(gold: Unit, answer: Unit) -> Fraction | None:
-    """By what to multiply the answer to have it in the gold's unit; 1 where one of them names none; None on a mismatch."""
+    """What times the answer is in the gold's unit; 1 where one of them names none; None on a mismatch."""
     if gold is None or answer is None or gold == answer:
         return Fraction(1)
     (ours, power), (theirs, their_power) = gold, answer

@@ -90,7 +90,7 @@ def _exact_call(name: str, values: list[Fraction]) -> Fraction:
 class Field:
     """Where `numeric` computes: functions by name (cmath's or mpmath's), and how a fraction enters.
 
-    What sums lose is remembered: their largest term, and its largest ratio to the sum (cancellation) or to a smaller term.
+    What sums lose is remembered: their largest term, and its ratio to the sum (cancellation) or to a smaller term.
     """
 
     functions: Any

@@ -1,11 +1,14 @@
-"""Worker processes that may be killed: each answers one question at a time, within limits of time, memory and recursion.
+"""Worker processes that may be killed: each answers one question at a time, within limits of time, memory and
+recursion.
 
-A worker is a fresh interpreter that runs worker_main.py and speaks lines of JSON over its pipes; it never imports JAX, and it
-is neither forked nor does it run the main module again, so it is safe beside JAX's threads. It keeps the limits itself, in a child
-for each question; a worker that does not answer all the same is killed, and one that dies is replaced and asked once more.
+A worker is a fresh interpreter that runs worker_main.py and speaks lines of JSON over its pipes. It never imports
+JAX, and it is neither forked nor does it run the main module again, so it is safe beside JAX's threads. It keeps
+the limits itself, in a child for each question; one that does not answer all the same is killed, and one that dies
+is replaced and asked again.
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 _MAIN = pathlib.Path(__file__).with_name("worker_main.py")
-_START_S, STARTS = 60.0, 5
+START_S, STARTS = 60.0, 5
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,7 +36,7 @@ class Worker:
 
     def __init__(self, cpu_s: float, wall_s: float, memory_bytes: int):
         root = str(_MAIN.parents[2])
-        environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")}
+        environment = {k: os.environ[k] for k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
         # The package is found where this process found it; -P keeps the working directory out.
         environment |= {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -77,7 +80,7 @@ class Worker:
 
     def wait_until_ready(self) -> None:
         """Returns when the libraries are loaded, so that loading costs no answer its time."""
-        self._read(_START_S)
+        self._read(START_S)
 
     def kill(self) -> None:
         """Ends the process and reaps it."""
@@ -85,10 +88,8 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
 
 class Pool:
@@ -122,27 +123,34 @@ class Pool:
                 try:
                     if worker is None:
                         worker = self._start()
-                    return worker.ask(question, 3 * self.wall_s)  # it keeps the limit itself, twice where a child died
+                    # It keeps the limit itself, twice over where a child died: this is for a worker that stands still.
+                    return worker.ask(question, 3 * self.wall_s)
                 except TimeoutError:
-                    worker = self._end(worker)
+                    self._end(worker)
+                    worker = None
                     return default
                 except _Died:
-                    worker = self._end(worker)
+                    self._end(worker)
+                    worker = None
             return default
         except BaseException:
-            worker = self._end(worker)  # a half-read answer must not become the next question's
+            self._end(worker)  # a half-read answer must not become the next question's
+            worker = None
             raise
         finally:
             self._idle.put(worker)
 
     def _start(self) -> Worker:
         """A worker that is ready. One that dies while it starts is started again: that is not its question's fault."""
+        problem: Exception | None = None
         for _ in range(STARTS):
             try:
                 return self._start_once()
             except (_Died, TimeoutError) as error:
                 problem = error
-        _LOG.error("grading workers do not start (%r): is math-verify installed? Answers that need one count as wrong", problem)
+        _LOG.error(
+            "grading workers do not start (%r), so answers that need one are wrong: is math-verify there?", problem
+        )
         raise _Died
 
     def _start_once(self) -> Worker:
