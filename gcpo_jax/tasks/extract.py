@@ -47,7 +47,7 @@ _CLAUSE = re.compile(
     r"(?<=[^.])\.(?=\s|$|\*|\$|\")|\n|(?:,|;)?\s+(?:because|since|as\s|which|so\s|where|when|given|thus|therefore|for\s|after|if\s)|,\s+not\s"
     r"|!(?=\s|$)(?<=[a-z]!)"
 )
-_LEADING_MINUS = re.compile(r"(?<=[\w)}])\s*-\s?$")
+_CHOICE = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-H])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)")
 
 
 def _spoken(completion: str) -> str | None:
@@ -192,6 +192,7 @@ def _content(text: str, start: int) -> str | None:
     if _HEDGE.search(whole) or re.match(r"(?:not|n't)\b", whole):
         return None
     clause = _CLAUSE.split(whole)[0].strip().strip("*_ ").strip()
+    clause = re.sub(r"^([-$\d./,]+)\s+of\s.*", r"\1", clause)
     clause = re.sub(
         r"^(?:option|choice|that|equal to|simply|just|therefore|thus|indeed)\s+", "", clause, flags=re.IGNORECASE
     )
@@ -244,6 +245,9 @@ def extract(completion: str) -> str | None:
     if stated:
         return answer
     last = text.rsplit("\n", 1)[-1].strip()
+    choice = _CHOICE.search(last)
+    if choice and not _left_open(last):
+        return choice[1]
     inner = list(_MATH.finditer(text[-MAX_CONTENT:]))
     if inner and re.fullmatch(r"[\s.*!,]*", text[-MAX_CONTENT:][inner[-1].end() :]):
         return None if _left_open(last) else _last_math(inner)

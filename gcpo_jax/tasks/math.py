@@ -27,6 +27,7 @@ What is decided where graders differ (the reward must not be gamed: a doubtful a
 """
 
 import json
+import re
 from collections.abc import Sequence
 
 from gcpo_jax.tasks import equivalence, extract
@@ -35,13 +36,18 @@ from gcpo_jax.tasks.scalars import Undecided
 from gcpo_jax.tasks.workers import Pool
 
 _POOL = Pool()
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_ESCAPED = re.compile(r"\\[{}]")
 MAX_COMPLETION = 4_000_000
 
 
 def answer(completion: str) -> str | None:
     """The final answer of a completion as text in one spelling; None where it has none, or not one."""
     found = _found(completion)
-    return None if found is None else compact(tidy(found)) or None
+    if found is None:
+        return None
+    text = tidy(found)
+    return (text if _PROSE.search(text) else compact(text)) or None
 
 
 def _found(completion: str) -> str | None:
@@ -73,7 +79,8 @@ def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequenc
     for k, (completion, gold, flag) in enumerate(zip(completions, golds, flags, strict=True)):
         found, gold = _found(completion), _gold(gold)
         # A few golds of the data have unbalanced braces: such a one is right where it is repeated as it is.
-        verdict = gold.count("{") != gold.count("}") and completion.rstrip(" $.\n").endswith(f"{{{gold}}}")
+        braces = _ESCAPED.sub("", gold)
+        verdict = braces.count("{") != braces.count("}") and completion.rstrip(" $.\n").endswith(f"{{{gold}}}")
         if found is not None and not verdict:
             try:
                 verdict = equivalence.equal(gold, found, percent=flag)

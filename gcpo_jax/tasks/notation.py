@@ -141,8 +141,8 @@ def _trim(text: str) -> str:
     for _ in range(6):
         before = text
         text = text.strip(' \t\n"`*')
-        text = re.sub(r"(?:[.,;:?]|\\\\)+$", "", text) if not re.fullmatch(r"-?\d+\.", text) else text[:-1]
-        text = re.sub(r"^[,;:]+", "", text).strip()
+        text = re.sub(r"(?:[.,;:]|\\\\)+$", "", text) if not re.fullmatch(r"-?\d+\.", text) else text[:-1]
+        text = re.sub(r"^[,;:=]+", "", text).strip()
         if text.startswith("{") and _closes(text) == len(text) - 1:
             text = text[1:-1].strip()
         if text == before:
