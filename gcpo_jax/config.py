@@ -92,7 +92,7 @@ class Learner:
     """AdamW and how a batch is cut up."""
 
     learning_rate: float = 1e-6
-    schedule: str = "cosine"  # "cosine" (to zero at the last update) | "constant", both after a linear warm-up
+    schedule: str = "cosine"  # "cosine" (to zero one update after the last) | "constant", both after a linear warm-up
     warmup: float = 0.1  # share of all updates
     weight_decay: float = 0.01
     b1: float = 0.9
@@ -126,7 +126,7 @@ class Train:
     total_steps: int = 100
     seed: int = 0
     log_groups: int = 1  # groups written to completions.jsonl each step
-    audit_steps: tuple[int, ...] = ()  # updates done so far, of the steps whose every quantity is written (0: the first)
+    audit_steps: tuple[int, ...] = ()  # steps whose every quantity is written, by updates done before (0: the first)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

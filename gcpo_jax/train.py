@@ -3,17 +3,17 @@
 train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
 """
 
+import logging
+import os
 import pathlib
 import sys
-from typing import Any
 
 import jax
-import numpy as np
 import transformers
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, rollout, rundir, tasks
+from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, rollout, rundir, summary, tasks
 from gcpo_jax import config as config_lib
 from gcpo_jax.contexts import ContextBuilder
 
@@ -36,7 +36,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     model_config = models.read_config(config.model.path, config.model.dtype)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
-    task = tasks.build(config.data, config.train.seed)
+    task = tasks.build(config.data)
     problems, too_long = within_limit(config, contexts, task.train)
     held_out, _ = within_limit(config, contexts, task.held_out)
     run = rundir.open_run(workdir, config)
@@ -46,21 +46,27 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     ref_params = learner.cast(params, config.model.dtype) if a.beta > 0 and a.objective == "clipped" else None
     optimizer, schedule = learner.make_optimizer(config.learner, config.train.total_steps * mu)
     update = learner.make_update(model_config, config, optimizer)
+    size = summary.count(params)
     state = learner.TrainState(jax.tree.map(jax.numpy.copy, params), optimizer.init(params))
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if start:
         state, _ = checkpoints.restore(start, state)
-    log = metrics.Log(workdir, resume_at=start, total=config.train.total_steps)
+    # A run that begins again measures its start again: -1 drops that row too.
+    log = metrics.Log(workdir, resume_at=start or -1, total=config.train.total_steps)
     log.say(f"{len(problems)} problems, {too_long} too long, {len(held_out)} held out; from step {start}")
 
     def actor() -> rollout.Actor:
         return rollout.Actor(config, model_config, learner.cast(state.params, config.model.dtype), contexts)
 
     def evaluation() -> dict[str, float]:
-        rows = [held_out[k] for k in range(min(len(held_out), config.evaluation.problems))]
+        rows = held_out[: config.evaluation.problems]
         result = evaluate.accuracy(actor(), reward, answer, rows, config.evaluation.samples)
         return {f"eval/{name}": value for name, value in result.items()}
+
+    def save(step: int) -> None:
+        if checkpoints.latest() != step:
+            checkpoints.save(step, state, {"step": step})
 
     with checkpoint.Preemption() as preemption:
         if start == 0:
@@ -71,41 +77,41 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
             old_policy = actor()
             exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
+            if preemption.requested:
+                # Sampling takes most of a step: give this one up, it comes out the same after the restart.
+                save(step)
+                checkpoints.close()
+                log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+                return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
-            # Line 15: the update, μ times on the same batch.
+            # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 for inner in range(mu):
                     state, values, details = update(state, batch)
                     if inner == 0:
-                        first, first_details = jax.device_get((values, details))
-                values = jax.device_get(values)
-            row = metrics.summarise(config, exp, batch, first | _inner(values, mu), first_details, timers)
-            row |= {"step": step + 1, "learning_rate": float(schedule(step * mu))}
+                        first, details_first = jax.device_get((values, details))
+                last = jax.device_get(values)
+            # The clip acts only from the second update on a batch: report the last one's share.
+            first["clip_fraction"] = last["clip_fraction"]
+            row = {"step": step + 1, "learning_rate": float(schedule(step * mu))}
+            row = summary.summarise(config, exp, batch, first, details_first, timers.read(), answer, size) | row
             if step in config.train.audit_steps:
                 path = workdir / "audit" / f"step_{step:06d}.npz"
-                audit.write(path, config, exp, batch, first_details, float(first["loss"]))
-            last = step + 1 == config.train.total_steps
-            if last or (config.evaluation.every and (step + 1) % config.evaluation.every == 0):
+                audit.write(path, config, exp, batch, details_first, float(first["loss"]))
+            final = step + 1 == config.train.total_steps
+            if final or (config.evaluation.every and (step + 1) % config.evaluation.every == 0):
                 with timers("eval"):
                     row |= evaluation()
-            log.write(row, metrics.readable(exp, step + 1, config.train.log_groups))
-            if last or preemption.requested or (step + 1) % config.checkpoint.every == 0:
-                checkpoints.save(step + 1, state, {"step": step + 1})
-            if preemption.requested and not last:
-                checkpoints.close()
-                log.say(f"stopped by a signal, saved at step {step + 1}; the same command goes on from there")
-                return False
+                row |= {"time/eval_s": timers.read()["time/eval_s"]}
+            log.write(row, summary.readable(exp, step + 1, config.train.log_groups, actor().decode))
+            if final or (step + 1) % config.checkpoint.every == 0:
+                save(step + 1)
         checkpoints.close()
     models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
     log.say(f"done: {workdir / 'policy'} is the trained policy")
     run.close()
     return True
-
-
-def _inner(values: dict[str, Any], mu: int) -> dict[str, Any]:
-    """Clip fraction and KL say something only after the first of several updates on a batch: report the last one's."""
-    return {k: values[k] for k in ("clip_fraction",)} if mu > 1 else {}
 
 
 def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -> ContextBuilder:
@@ -116,7 +122,9 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
     """
     path = config.model.path
     if not model_config.eos_ids:
-        raise config_lib.ConfigError(f"model.path={path!r}: config.json and generation_config.json name no eos_token_id")
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -149,10 +157,19 @@ def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: 
     return kept, dropped
 
 
+def cache_compilations() -> None:
+    """Keep compiled programs in the user's cache directory, so that only the first run of a recipe compiles them."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "gcpo_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    cache_compilations()
     flag = flags.FLAGS["config"]
     file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"

@@ -35,7 +35,11 @@ _NAMES: list[tuple[str, str, Transform]] = [
     *((f"model.layers.L.mlp.{x}_proj.weight", f"layers.{x}.kernel", _transpose) for x in ("gate", "up", "down")),
 ]
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old exports carry
-_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*", "generation_config.json")
+_STORED = ("F32", "BF16", "F16")
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def _flat(tree: Params, prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
@@ -77,11 +81,14 @@ def _plan(config: ModelConfig) -> dict[str, tuple[str, int | None, Transform, tu
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    # The order of transformers: some directories carry a second copy of the weights under another name.
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of shards: {error!r}") from None
         missing = [n for n in names if not (path / n).exists()]
         if missing:
@@ -129,10 +136,13 @@ def load_pretrained(
                         faults.append(f"unknown {theirs}")
                     continue
                 our_path, layer, transform, shape = plan[name]
-                given = tuple(tensors.get_slice(theirs).get_shape())
                 seen.add(name)
-                if given != shape:
-                    faults.append(f"{theirs} has shape {list(given)}, not {list(shape)}")
+                given = tensors.get_slice(theirs)
+                if tuple(given.get_shape()) != shape:
+                    faults.append(f"{theirs} has shape {given.get_shape()}, not {list(shape)}")
+                if given.get_dtype() not in _STORED:
+                    faults.append(f"{theirs} has type {given.get_dtype()}, not one of {', '.join(_STORED)}")
+                if faults:
                     continue
                 value = transform(tensors.get_tensor(theirs)).astype(target)
                 if layer is None:

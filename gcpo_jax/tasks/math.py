@@ -30,10 +30,10 @@ import json
 import re
 from collections.abc import Sequence
 
-from gcpo_jax.tasks import equivalence, extract
-from gcpo_jax.tasks.notation import compact, tidy
-from gcpo_jax.tasks.scalars import Undecided
-from gcpo_jax.tasks.workers import Pool
+from gcpo_jax.grading import equivalence, extract
+from gcpo_jax.grading.notation import compact, tidy
+from gcpo_jax.grading.scalars import Undecided
+from gcpo_jax.grading.workers import Pool
 
 _POOL = Pool()
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")

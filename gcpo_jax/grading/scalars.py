@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from gcpo_jax.tasks import expressions, values
-from gcpo_jax.tasks.notation import compact
+from gcpo_jax.grading import expressions, values
+from gcpo_jax.grading.notation import compact
 
 EXACT_DIGITS, MANY_DIGITS, MAX_SYMBOLIC = 9, 20, 300
 # sympy writes such numbers out while it reads them; the time limit would stop it, after seconds.

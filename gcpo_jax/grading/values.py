@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from gcpo_jax.tasks.expressions import TooLarge
+from gcpo_jax.grading.expressions import TooLarge
 
 MAX_BITS = 60_000
 

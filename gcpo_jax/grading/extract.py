@@ -8,7 +8,7 @@ no answer.
 import itertools
 import re
 
-from gcpo_jax.tasks.notation import compact, tidy
+from gcpo_jax.grading.notation import compact, tidy
 
 MAX_CONTENT, MAX_TEXT, LAST_BOXES = 2000, 20_000, 6
 
@@ -212,7 +212,8 @@ def _content(text: str, start: int) -> str | None:
 
 def _only_math(clause: str) -> bool:
     return not re.search(
-        r"(?<![\\A-Za-z])[a-z]{3,}", re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause)
+        r"(?<![\\A-Za-z])(?:[a-z]{3,}|(?:it|is|so|to|we|of|be|by|at)\b)",
+        re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause),
     )
 
 
@@ -222,10 +223,11 @@ def _last_math(found: list[re.Match]) -> str:
 
 def _signed(text: str, number: re.Match) -> str:
     """A number as it stands; a minus after a value is a subtraction, not a sign."""
-    token = number[0].strip()
-    before = text[: number.start()].rstrip()
-    if token.startswith("-") and before and (before[-1].isalnum() or before[-1] in ")}"):
-        token = token[1:].strip()
+    token, before = number[0].strip(), text[: number.start()] + number[0][: len(number[0]) - len(number[0].lstrip())]
+    if token.startswith("-"):
+        apart = re.match(r"-\s", token) is not None
+        value = re.search(r"[\d)}\]]\s*$" if not apart else r"[\w)}\]]\s*$", before) or re.search(r"[A-Za-z]$", before)
+        token = token[1:].strip() if value else token
     return token
 
 

@@ -18,7 +18,7 @@ import mpmath
 from latex2sympy2_extended import latex2sympy
 from math_verify import verify
 
-from gcpo_jax.tasks import equivalence, expressions, scalars, values
+from gcpo_jax.grading import equivalence, expressions, scalars, values
 
 DIGITS, PRECISION, RECURSION = 40, 110, 3000
 
@@ -30,7 +30,8 @@ def symbolic(gold: str, answer: str) -> bool:
     except expressions.TooLarge:
         return False
     except expressions.Unreadable:
-        return verify(latex2sympy(gold), latex2sympy(answer), timeout_seconds=None)
+        left, right = latex2sympy(gold), latex2sympy(answer)
+        return left is not None and right is not None and verify(left, right, timeout_seconds=None)
 
     def field() -> values.Field:
         return values.Field(mpmath.mp, lambda value: mpmath.mpf(value.numerator) / value.denominator)

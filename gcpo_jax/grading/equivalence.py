@@ -8,9 +8,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from gcpo_jax.tasks import expressions, quantities
-from gcpo_jax.tasks.notation import compact, tidy
-from gcpo_jax.tasks.scalars import Symbolic, proportional, same_scalar, tree_of
+from gcpo_jax.grading import expressions, quantities
+from gcpo_jax.grading.notation import compact, tidy
+from gcpo_jax.grading.scalars import Symbolic, proportional, same_scalar, tree_of
 
 MAX_ANSWER, MAX_ITEMS = 2000, 40
 _WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
