@@ -70,7 +70,9 @@ def test_links_and_paths_lead_somewhere(page):
 def test_settings_functions_and_presets_that_are_named_exist(page):
     text = page.read_text()
     assert set(re.findall(r"--config\.([\w.]+\w)", text)) - FIELDS == set()
-    named = {(a, b) for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS | MODULES and b not in FILES}
+    named = {
+        (a, b) for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS | MODULES and b not in FILES
+    }
     assert [f"{a}.{b}" for a, b in sorted(named) if not exists(a, b)] == []
     presets = set(re.findall(r"\.py:([a-z]\w*)", text)) | set(re.findall(r"`(gcpo_[a-z]+)`", text)) - {"gcpo_jax"}
     assert presets - set(config.PRESETS) == set()
