@@ -14,7 +14,7 @@ from gcpo_jax import config as config_lib
 def get_config(variant: str | None = None) -> config_lib.Config:
     """The recipe with the preset `variant` ("gcpo" when empty)."""
     return config_lib.Config(
-        model=config_lib.Model(dtype="bfloat16", remat=True),
+        model=config_lib.Model(dtype="bfloat16", remat="full"),
         data=config_lib.Data(prompt="{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."),
         rollout=config_lib.Rollout(
             queries=32, group_size=8, max_prompt_tokens=4096, max_new_tokens=16384, max_rows=64
