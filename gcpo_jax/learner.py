@@ -61,7 +61,7 @@ class KlBatch(NamedTuple):
 
 
 def make_optimizer(settings: Learner, updates: int) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer behind a global-norm clip, and its schedule over `updates`: linear warm-up, then cosine or constant.
+    """The optimizer behind a global-norm clip, and its schedule over `updates`: linear warm-up, cosine or constant.
 
     AdamW, or Adafactor's factored second moments (arXiv:1804.04235) with AdamW's decoupled weight decay.
     """

@@ -1,7 +1,7 @@
 """The device mesh, and the one table that says how every array lies on it.
 
-The mesh has three axes. `data` cuts rows; `fsdp` cuts rows too, and parameters with their optimizer state, which are put
-together again a layer at a time where they are used; `tensor` cuts heads, the MLP's inner axis and the vocabulary.
+The mesh has three axes. `data` cuts rows; `fsdp` cuts rows too, and parameters with their optimizer state, which are
+put together again a layer at a time where they are used; `tensor` cuts heads, the MLP's inner axis and the vocabulary.
 An array is described by the names of its axes, and AXES says which mesh axes cut an axis of that name. The axes of the
 models' arrays: L layers, R or B rows, n rows of one prompt, S, P or T positions, D width, H heads, K key/value heads,
 A head_dim, F the MLP's inner width, V vocabulary.
@@ -196,9 +196,7 @@ def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> 
         shape[shape.index(-1)] = len(devices) // known
     if (need := math.prod(shape)) > len(devices):
         raise ConfigError(f"{fields}: needs {need} devices, there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)]
-    )
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
 
 
 def make_layout(mesh: Mesh, model: Sizes) -> Layout:

@@ -3,6 +3,7 @@
 train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
 """
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -13,7 +14,7 @@ import transformers
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, rollout, rundir, summary, tasks
+from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, partition, rollout, rundir, summary, tasks
 from gcpo_jax import config as config_lib
 from gcpo_jax.contexts import ContextBuilder
 
@@ -34,6 +35,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     config_lib.validate(config)
     config_lib.check_paths(config)
     model_config = models.read_config(config.model.path, config.model.dtype)
+    layout = partition.layout_of(config, model_config)
+    model_config = dataclasses.replace(model_config, layout=layout)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
     task = tasks.build(config.data, config.train.seed)
@@ -41,13 +44,17 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     held_out, _ = within_limit(config, contexts, task.held_out)
     run = rundir.open_run(workdir, config)
 
-    _, params = models.load_pretrained(config.model.path, "float32")
+    _, params = models.load_pretrained(config.model.path, "float32", layout.mesh if layout else None)
     a, mu = config.algorithm, config.learner.updates_per_batch
-    ref_params = learner.cast(params, config.model.dtype) if a.beta > 0 and a.objective == "clipped" else None
+    ref_params = None
+    if a.beta > 0 and a.objective == "clipped":
+        # A copy: the state's own buffers are reused by the first update.
+        ref_params = jax.tree.map(jax.numpy.copy, learner.cast(params, config.model.dtype))
     optimizer, schedule = learner.make_optimizer(config.learner, config.train.total_steps * mu)
     update = learner.make_update(model_config, config, optimizer)
     size = summary.count(params)
-    state = learner.TrainState(jax.tree.map(jax.numpy.copy, params), optimizer.init(params))
+    state = learner.init_state(model_config, optimizer, params)
+    del params
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if start:
