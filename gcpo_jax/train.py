@@ -39,7 +39,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     model_config = dataclasses.replace(model_config, layout=layout)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
-    task = tasks.build(config.data, config.train.seed)
+    task = tasks.build(config.data)
     problems, too_long = within_limit(config, contexts, task.train)
     held_out, _ = within_limit(config, contexts, task.held_out)
     run = rundir.open_run(workdir, config)
@@ -59,7 +59,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     start = checkpoints.latest() or 0
     if start:
         state, _ = checkpoints.restore(start, state)
-    log = metrics.Log(workdir, resume_at=start, total=config.train.total_steps)
+    # A run that begins again measures its start again: -1 drops that row too.
+    log = metrics.Log(workdir, resume_at=start or -1, total=config.train.total_steps)
     log.say(f"{len(problems)} problems, {too_long} too long, {len(held_out)} held out; from step {start}")
 
     def actor() -> rollout.Actor:

@@ -55,8 +55,7 @@ def read_config(path: str | pathlib.Path, dtype: str = "float32") -> ModelConfig
     family = hf.get("model_type")
     if family not in _FAMILIES:
         raise ModelError(f"{path / 'config.json'}: model_type={family!r} is not one of {', '.join(_FAMILIES)}")
-    wrong = [f"{name}={hf[name]!r}" for name in _SIZES if not (isinstance(hf.get(name, 1), int) and hf.get(name, 1) > 0)]
-    if wrong:
+    if wrong := [f"{k}={hf[k]!r}" for k in _SIZES if k in hf and not (isinstance(hf[k], int) and hf[k] > 0)]:
         raise ModelError(f"{path / 'config.json'}: not a positive integer: {', '.join(wrong)}")
     _refuse_unsupported(path / "config.json", hf, family)
 
@@ -93,7 +92,7 @@ def read_config(path: str | pathlib.Path, dtype: str = "float32") -> ModelConfig
             f"num_key_value_heads={config.num_kv_heads}"
         )
     if config.head_dim % 2:
-        raise ModelError(f"{path / 'config.json'}: head_dim={config.head_dim} is odd; the rotary embedding turns pairs")
+        raise ModelError(f"{path / 'config.json'}: head_dim={config.head_dim} is odd; rotary embedding turns pairs")
     return config
 
 
@@ -120,7 +119,8 @@ def _slides(hf: dict[str, Any]) -> bool:
     if layer_types := hf.get("layer_types"):
         return "sliding_attention" in layer_types
     fully_attending = hf.get("max_window_layers", 0)
-    return bool(hf.get("use_sliding_window") and hf.get("sliding_window")) and fully_attending < hf.get("num_hidden_layers", 0)
+    used = bool(hf.get("use_sliding_window") and hf.get("sliding_window"))
+    return used and fully_attending < hf.get("num_hidden_layers", 0)
 
 
 def _refuse_unsupported(file: pathlib.Path, hf: dict[str, Any], family: str) -> None:

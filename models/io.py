@@ -41,7 +41,10 @@ _NAMES: list[tuple[str, str, Transform]] = [
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old exports carry
 _STORED = ("F32", "BF16", "F16")
 _WRITTEN = {"float32": "F32", "bfloat16": "BF16"}
-_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*", "generation_config.json")
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def _flat(tree: Params, prefix: str = "") -> Iterator[tuple[str, jax.Array]]:

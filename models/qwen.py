@@ -170,7 +170,10 @@ def final_norm(c: ModelConfig, params: Params, x):
 
 
 def attention(q, k, v, mask):
-    """q[..., Q, K, G, A], k and v[..., S, K, A], mask broadcastable to [..., 1, 1, Q, S] -> [..., Q, K, G, A]; softmax in float32."""
+    """q[..., Q, K, G, A], k and v[..., S, K, A] -> [..., Q, K, G, A]; softmax in float32.
+
+    mask broadcasts to [..., K, G, Q, S].
+    """
     scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -38,7 +38,7 @@ def prepared(tmp_path: pathlib.Path) -> set[str]:
 def test_a_jsonl_file_is_split_and_every_field_of_a_row_is_kept(tmp_path):
     data = settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS))
     for _ in range(2):  # prepared, then read back
-        task = tasks.build(data, 0)
+        task = tasks.build(data)
         assert (len(task.train), len(task.held_out)) == (15, 5)
         assert sorted([*task.train, *task.held_out], key=lambda r: r["level"]) == [r | {"original": r} for r in ROWS]
         levels = [row["level"] for row in task.train]
@@ -49,13 +49,13 @@ def test_gzip_gives_the_rows_of_the_plain_file(tmp_path):
     plain = write(tmp_path / "a.jsonl", ROWS)
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(pathlib.Path(plain).read_bytes()))
-    of_plain = tasks.build(settings(tmp_path, path=plain), 0)
-    assert tasks.build(settings(tmp_path, path=str(packed)), 0) == of_plain
+    of_plain = tasks.build(settings(tmp_path, path=plain))
+    assert tasks.build(settings(tmp_path, path=str(packed))) == of_plain
 
 
 def test_a_held_out_file_is_used_whole(tmp_path):
     train, held_out = write(tmp_path / "a.jsonl", ROWS[:12]), write(tmp_path / "b.jsonl", ROWS[12:])
-    task = tasks.build(settings(tmp_path, path=train, eval_path=held_out), 0)
+    task = tasks.build(settings(tmp_path, path=train, eval_path=held_out))
     assert [row["id"] for row in task.train] == [f"p{k}" for k in range(12)]
     assert [row["id"] for row in task.held_out] == [f"p{k}" for k in range(12, 20)]
 
@@ -63,7 +63,7 @@ def test_a_held_out_file_is_used_whole(tmp_path):
 def test_other_field_names_numbers_as_answers_and_missing_ids_become_text(tmp_path):
     rows = [{"question": f"q{k}", "gold": k / 2, "answer": "a worked solution"} for k in range(6)]
     path = write(tmp_path / "a.jsonl", rows)
-    task = tasks.build(settings(tmp_path, path=path, problem_field="question", answer_field="gold", held_out=1), 0)
+    task = tasks.build(settings(tmp_path, path=path, problem_field="question", answer_field="gold", held_out=1))
     row = next(row for row in [*task.train, *task.held_out] if row["question"] == "q3")
     said = {"id": "LINE-4", "problem": "q3", "answer": "1.5", "question": "q3", "gold": 1.5}
     assert row == said | {"original": rows[3]}
@@ -72,27 +72,27 @@ def test_other_field_names_numbers_as_answers_and_missing_ids_become_text(tmp_pa
 def test_a_changed_file_or_setting_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     data = settings(tmp_path, path=write(path, ROWS))
-    tasks.build(data, 0)
+    tasks.build(data)
     first = prepared(tmp_path)
     stamp = path.stat()
     write(path, [row | {"answer": "7"} for row in ROWS[:1]] + ROWS[1:])
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size, same time, another answer
-    task = tasks.build(data, 0)
+    task = tasks.build(data)
     assert {row["answer"] for row in [*task.train, *task.held_out] if row["id"] == "p0"} == {"7"}
     assert len(prepared(tmp_path) - first) == 1
-    tasks.build(settings(tmp_path, path=str(path), held_out=6), 0)
-    tasks.build(settings(tmp_path, path=str(path), answer_field="id"), 0)
+    tasks.build(settings(tmp_path, path=str(path), held_out=6))
+    tasks.build(settings(tmp_path, path=str(path), answer_field="id"))
     assert len(prepared(tmp_path)) == 4
     monkeypatch.setattr(load, "_prepare", lambda *_: pytest.fail("prepared a second time"))
-    assert tasks.build(data, 1) == task
+    assert tasks.build(data) == task
 
 
 def test_the_split_ignores_order_and_keeps_copies_of_a_problem_out_of_the_held_out_rows(tmp_path):
     twice = [{"problem": row["problem"], "answer": "?"} for row in ROWS[::2]]
-    task = tasks.build(settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS + twice)), 0)
+    task = tasks.build(settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS + twice)))
     held_out = {row["problem"] for row in task.held_out}
     assert len(task.held_out) == 5 and not held_out & {row["problem"] for row in task.train}
-    backwards = tasks.build(settings(tmp_path, path=write(tmp_path / "b.jsonl", (ROWS + twice)[::-1])), 0)
+    backwards = tasks.build(settings(tmp_path, path=write(tmp_path / "b.jsonl", (ROWS + twice)[::-1])))
     assert {row["problem"] for row in backwards.held_out} == held_out
 
 
@@ -130,7 +130,7 @@ def test_a_wrong_line_is_named_by_file_and_number(tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'{"problem": "p", "answer": "1"}\n\n' + line + b"\n")
     with pytest.raises(tasks.DataError, match=r"mine\.jsonl, line 3: " + WRONG[line]):
-        tasks.build(settings(tmp_path, path=str(path)), 0)
+        tasks.build(settings(tmp_path, path=str(path)))
     assert not (tmp_path / "cache").exists()
 
 
@@ -138,7 +138,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     def error(name: str, content: bytes, **fields) -> str:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(tasks.DataError) as caught:
-            tasks.build(settings(tmp_path, path=str(tmp_path / name), **fields), 0)
+            tasks.build(settings(tmp_path, path=str(tmp_path / name), **fields))
         return str(caught.value)
 
     good = b'{"problem": "p", "answer": "1"}\n'
@@ -150,7 +150,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     evaluation = write(tmp_path / "evaluation.jsonl", [ROWS[0], "text"])
     assert "evaluation.jsonl, line 2: a JSON object is needed" in error("fine.jsonl", good, eval_path=evaluation)
     with pytest.raises(tasks.DataError, match=r"data.path='.*': cannot be read: .*Is a directory"):
-        tasks.build(settings(tmp_path, path=str(tmp_path)), 0)
+        tasks.build(settings(tmp_path, path=str(tmp_path)))
 
 
 def test_a_cache_that_cannot_be_written_names_data_directory(tmp_path):
@@ -159,31 +159,31 @@ def test_a_cache_that_cannot_be_written_names_data_directory(tmp_path):
     with pytest.raises(
         tasks.DataError, match=r"data.directory='.*file/cache'.*name a directory that can be written to"
     ):
-        tasks.build(data, 0)
+        tasks.build(data)
 
 
 def test_a_read_only_cache_is_refused_for_new_data_and_read_for_prepared_data(tmp_path, monkeypatch):
     data = settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS))
-    tasks.build(data, 0)
+    tasks.build(data)
 
     def refuse(**_):  # what a read-only directory does, to root too
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(load.tempfile, "mkdtemp", refuse)
-    assert len(tasks.build(data, 0).train) == 15
+    assert len(tasks.build(data).train) == 15
     with pytest.raises(tasks.DataError, match=r"data\.directory=.*Permission denied"):
-        tasks.build(settings(tmp_path, path=str(tmp_path / "a.jsonl"), held_out=6), 0)
+        tasks.build(settings(tmp_path, path=str(tmp_path / "a.jsonl"), held_out=6))
 
 
 def test_a_damaged_prepared_file_is_refused_by_name(tmp_path):
     data = settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS))
-    tasks.build(data, 0)
+    tasks.build(data)
     (records,) = (tmp_path / "cache").glob("jsonl/*/*-train.array_record-*")
     content = bytearray(records.read_bytes())
     content[200] ^= 1  # in the compressed rows; most of so small a file is padding
     records.write_bytes(content)
     with pytest.raises(tasks.DataError, match=r"cannot be read .*delete it"):
-        tasks.build(data, 0)
+        tasks.build(data)
 
 
 def test_the_cache_directory_is_the_setting_or_the_users(monkeypatch, tmp_path):
@@ -199,7 +199,7 @@ def test_processes_that_prepare_the_same_data_at_once_all_get_it(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS * 50 + [{"problem": "once", "answer": "1"}])
     code = (
         "import sys\nfrom gcpo_jax import config, tasks\n"
-        f"t = tasks.build(config.Data(path={path!r}, held_out=1, directory={str(tmp_path / 'cache')!r}), 0)\n"
+        f"t = tasks.build(config.Data(path={path!r}, held_out=1, directory={str(tmp_path / 'cache')!r}))\n"
         "assert (len(t.train), len(t.held_out)) == (1000, 1)\n"
         "loaded = {'tensorflow', 'torch'} & set(sys.modules)\nassert not loaded, loaded\n"
     )
@@ -210,15 +210,15 @@ def test_processes_that_prepare_the_same_data_at_once_all_get_it(tmp_path):
 
 def test_the_loser_of_a_race_uses_what_the_winner_wrote(tmp_path, monkeypatch):
     data = settings(tmp_path, path=write(tmp_path / "a.jsonl", ROWS))
-    task = tasks.build(data, 0)
+    task = tasks.build(data)
     before = prepared(tmp_path)
     monkeypatch.setattr(pathlib.Path, "exists", lambda self: False)  # as it looked before the winner's rename
-    assert tasks.build(data, 0) == task
+    assert tasks.build(data) == task
     assert prepared(tmp_path) == before
 
 
 def test_the_arithmetic_task_is_prepared_with_its_held_out_rows(tmp_path):
-    task = tasks.build(settings(tmp_path, task="arithmetic"), 0)
+    task = tasks.build(settings(tmp_path, task="arithmetic"))
     assert (list(task.train), list(task.held_out)) == arithmetic.problems()
     assert len(task.held_out) == 1024
 
@@ -264,7 +264,7 @@ FILES = [
 @pytest.mark.skipif(not DATA.is_dir(), reason="no directory of real problems: set GCPO_DATA")
 @pytest.mark.parametrize(("name", "count"), FILES)
 def test_real_files_load_whole(tmp_path, name, count):
-    task = tasks.build(settings(tmp_path, path=str(DATA / name)), 0)
+    task = tasks.build(settings(tmp_path, path=str(DATA / name)))
     assert (len(task.train), len(task.held_out)) == (count - 5, 5)
     assert all(row["original"]["problem"] == row["problem"] for row in task.train)
 

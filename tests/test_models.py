@@ -38,7 +38,7 @@ def numpy_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_hidden_states_equal_numbers_that_transformers_stored(family):
-    """Update with: python scripts/model_fixtures.py tests/fixtures/models (needs torch), should the directories change."""
+    """Should the directories change: python scripts/model_fixtures.py tests/fixtures/models (needs torch)."""
     expected = np.load(FIXTURES / family / "expected.npz")
     config, params = models.load_pretrained(FIXTURES / family)
     tokens = jnp.asarray(expected["tokens"], jnp.int32)
@@ -181,7 +181,7 @@ def test_a_second_copy_of_the_weights_is_not_read(directory):
 )
 def test_what_is_not_implemented_is_refused_by_name(directory, changes, named):
     edit(directory, **changes)
-    with pytest.raises(models.ModelError, match="config.json") as error:
+    with pytest.raises(models.ModelError, match=r"config\.json") as error:
         models.read_config(directory)
     assert named in str(error.value)
 
@@ -252,6 +252,6 @@ def test_rematerialisation_changes_no_gradient():
     def loss(params, remat):
         return jnp.sum(models.forward(config, params, tokens, lengths, remat)[0] ** 2)
 
-    plain, remat = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in (False, True))
+    plain, remat = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in ("none", "full"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, remat)
     assert all(np.abs(x).max() > 0 for name, x in _flat(plain) if not name.endswith("k.bias"))

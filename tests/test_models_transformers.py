@@ -32,7 +32,8 @@ CASES = {
 
 
 def write_tokenizer(directory: pathlib.Path) -> None:
-    from tokenizers import Tokenizer, models as token_models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as token_models
 
     vocabulary = {t: k for k, t in enumerate(["<pad>", "<end>", *(f"w{k}" for k in range(VOCABULARY - 2))])}
     core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))

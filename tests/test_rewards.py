@@ -83,7 +83,15 @@ def test_a_users_module_is_found_in_the_working_directory(tmp_path, monkeypatch)
 
 
 def test_the_answer_beside_a_reward_is_what_votes_compare():
-    assert tasks.resolve_answer("tasks.math.reward") is math_task.answer
+    answer = tasks.resolve_answer("tasks.math.reward")
+    assert answer(r"so \boxed{12}") == math_task.answer(r"so \boxed{12}") == "12"
+
+
+def test_an_answer_that_raises_names_the_completion(tmp_path, monkeypatch):
+    (tmp_path / "frail.py").write_text("reward = lambda p, c, r: 1.0\nanswer = lambda completion: completion[99]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(tasks.RewardError, match=r"frail\.answer.*'short'"):
+        tasks.resolve_answer("frail.reward")("short")
 
 
 @pytest.mark.parametrize(

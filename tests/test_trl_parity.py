@@ -5,7 +5,7 @@ How TRL's loss types map on ours, one process:
   dr_grpo  how="constant", constant=max_completion_length; likewise.
   bnpo     how="token_mean" over one micro-batch: TRL's value depends on how the batch is cut, ours never.
   dapo     how="token_mean" over the batch of an optimizer step: TRL divides each part by num_items_in_batch (all of its
-           tokens) / num_processes, times accumulation steps / steps_per_generation, here 1; the parts' losses add up to it.
+           tokens) / num_processes, times accumulation steps / steps_per_generation, here 1; the parts add up to it.
 The KL term is Eq. 7's: use_bias_correction_kl=False, where TRL's default weighs it by the importance ratio.
 """
 

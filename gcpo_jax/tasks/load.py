@@ -27,16 +27,15 @@ class Task:
     held_out: Problems
 
 
-def build(data: config.Data, seed: int) -> Task:
+def build(data: config.Data) -> Task:
     """The problems that `data` names, prepared on disk if they are not yet.
 
     A row has every field of its source, "id", "problem" and "answer" as text, and for a JSONL file "original": the row
-    as the file has it. `seed` changes nothing here: all runs of the same data are measured on the same held-out rows.
+    as the file has it. All runs of the same data are measured on the same held-out rows.
 
     Raises:
       DataError: naming file and line, or the setting.
     """
-    del seed
     contents = {}
     if data.task == "jsonl":
         named = {"data.path": data.path} | ({"data.eval_path": data.eval_path} if data.eval_path else {})
