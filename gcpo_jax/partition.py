@@ -169,10 +169,11 @@ def _gather(w, lies, whole):
     return jax.lax.with_sharding_constraint(w, whole)
 
 
-# The transpose of a constraint would ask for the gradient whole; this one asks for each device's piece of the sum.
+# The gradient is summed over rows as a whole and cut then, which compilers merge into one scatter where they can. Asked
+# for in pieces at once, that of the embedding would have every row's cotangent brought to every device instead.
 _gather.defvjp(
     lambda w, lies, whole: (_gather(w, lies, whole), None),
-    lambda lies, whole, _, g: (jax.lax.with_sharding_constraint(g, lies),),
+    lambda lies, whole, _, g: (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(g, whole), lies),),
 )
 
 

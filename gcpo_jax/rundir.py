@@ -12,7 +12,7 @@ from gcpo_jax.config import Config, ConfigError, flatten
 # What may differ when a run goes on: these change what is written down or where it is computed, never a number of the
 # run beyond rounding.
 MAY_CHANGE = frozenset(
-    {"checkpoint.every", "checkpoint.keep", "train.log_groups", "mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat"}
+    {"checkpoint.every", "checkpoint.keep", "train.log_groups", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 )
 
 
