@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct learns one-digit sums and times tables asked in words.
 
-    python scripts/word_problems.py words.jsonl
-    python -m gcpo_jax.train --config configs/smollm2.py:gcpo --config.model.path=DIR --config.data.path=words.jsonl
+python scripts/word_problems.py words.jsonl
+python -m gcpo_jax.train --config configs/smollm2.py:gcpo --config.model.path=DIR --config.data.path=words.jsonl
 """
 
 from gcpo_jax import config as config_lib

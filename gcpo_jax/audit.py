@@ -7,6 +7,7 @@ all of them again.
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def write(path: pathlib.Path, config: Config, exp: Experience, batch: Batch, det
             for row, weight, value in zip(batch.kl.row, batch.kl.weight, np.asarray(details[name]), strict=True):
                 if weight:
                     values[divmod(int(row), n)] = (value * batch.mask[row])[:T]
-    arrays = dict(
+    arrays: dict[str, Any] = dict(
         prompt_ids=_ragged(exp.prompts, (B,)),
         candidate_ids=candidate_ids,
         integrated_ids=_ragged(exp.integrated, (B, K)),

@@ -95,7 +95,7 @@ class Learner:
     optimizer: str = "adamw"  # | "adafactor" (no first moment, the second factored: far less memory, other steps)
     moments_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" saves a quarter of the state
     learning_rate: float = 1e-6
-    schedule: str = "cosine"  # "cosine" (to zero at the last update) | "constant", both after a linear warm-up
+    schedule: str = "cosine"  # "cosine" (to zero one update after the last) | "constant", both after a linear warm-up
     warmup: float = 0.1  # share of all updates
     weight_decay: float = 0.01
     b1: float = 0.9  # of AdamW, as b2
@@ -138,7 +138,7 @@ class Train:
     total_steps: int = 100
     seed: int = 0
     log_groups: int = 1  # groups written to completions.jsonl each step
-    audit_steps: tuple[int, ...] = ()  # updates done so far, of the steps whose every quantity is written (0: the first)
+    audit_steps: tuple[int, ...] = ()  # steps whose every quantity is written, by updates done before (0: the first)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -98,16 +98,16 @@ class Actor:
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
         """z of each sequence, [R, D]."""
-        return scorer.last_hidden(
-            self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows
-        )
+        return scorer.last_hidden(self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows)
 
     def decode(self, completions: Sequence[Ids], skip_special: bool = True) -> list[str]:
         """Text of completions, without special tokens unless they are asked for."""
         return [self.contexts.tokenizer.decode(ids, skip_special_tokens=skip_special) for ids in completions]
 
 
-def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers) -> Experience:
+def collect(
+    actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers
+) -> Experience:
     """Lines 5 to 11 of the paper's Algorithm 1 for one batch of problems.
 
     Args:
@@ -310,5 +310,5 @@ def _bayes(actor, exp, lists, groups) -> None:
     lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
     weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
     exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])
-    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # exactly Φ of the above under these weights' own law
+    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # Φ of the above, were the weights untempered
     exp.effective_samples = float(np.mean(np.asarray(effective)))

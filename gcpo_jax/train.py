@@ -129,7 +129,9 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
     """
     path = config.model.path
     if not model_config.eos_ids:
-        raise config_lib.ConfigError(f"model.path={path!r}: config.json and generation_config.json name no eos_token_id")
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -81,7 +81,5 @@ def decode_step(
         return (constrain(c, x, "step_hidden"), *constrain(c, (keys, values), "cache")), None
 
     start = (constrain(c, params["embed"][tokens], "step_hidden"), *own_cache)
-    (x, keys, values), _ = jax.lax.scan(
-        layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache)
-    )
+    (x, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache))
     return final_norm(c, params, x), (keys, values)

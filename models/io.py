@@ -116,7 +116,7 @@ def load_pretrained(
     """Read a Hugging Face directory of the Qwen2, Qwen3 or Llama family, one file or shards.
 
     Every tensor is read and placed by itself, on each device only the part that lies there: beside the parameters, host
-    memory holds one file's pages and one layer at most.
+    memory holds one file's pages and one tensor at most.
 
     Args:
       dtype: of the parameters returned: "float32" | "bfloat16".
@@ -132,23 +132,20 @@ def load_pretrained(
         config = dataclasses.replace(config, layout=make_layout(mesh, config))
     plan = _plan(config)
     files = _inspect(path, config, plan)
-    empty, put = _stacking(config)
     found: dict[str, jax.Array] = {}
-    stacks = dict(_flat(empty()))
-    layers: dict[int, dict[str, jax.Array]] = {}
     for file, names in files.items():
         with safe_open(file, framework="np") as tensors:
             for theirs, name in names.items():
                 our_path, layer, transform, shape = plan[name]
                 value = _placed(tensors.get_slice(theirs), shape, transform, config, our_path, layer is not None)
-                if layer is None:
-                    found[our_path] = value
-                    continue
-                layers.setdefault(layer, {})[our_path] = value
-                if len(layers[layer]) == len(stacks):
-                    # Waiting keeps the host at one layer; without, reading would run ahead of copying.
-                    stacks = jax.block_until_ready(put(stacks, layers.pop(layer), layer))
-    return config, _nested(found | stacks)
+                if layer is not None:
+                    if our_path not in found:
+                        lies = None if config.layout is None else config.layout.parameter(our_path)
+                        found[our_path] = jnp.zeros((config.num_layers, *value.shape), value.dtype, device=lies)
+                    value = _put(found[our_path], value, layer)
+                # Waiting keeps the host at one tensor; without, reading would run ahead of copying.
+                found[our_path] = jax.block_until_ready(value)
+    return config, _nested(found)
 
 
 def _inspect(path: pathlib.Path, config: ModelConfig, plan) -> dict[pathlib.Path, dict[str, str]]:
@@ -192,7 +189,7 @@ def _placed(given, shape, transform: Transform, config: ModelConfig, our_path: s
         return np.ascontiguousarray(transform(given[turned]).astype(target, copy=False))
 
     if config.layout is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jnp.array(read((slice(None),) * len(shape)))  # its own memory: an update may reuse it
     pieces: dict[tuple, np.ndarray] = {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
@@ -205,18 +202,9 @@ def _placed(given, shape, transform: Transform, config: ModelConfig, our_path: s
     return jax.make_array_from_callback(ours, config.layout.parameter(our_path, of_layer), piece)
 
 
-@functools.cache
-def _stacking(config: ModelConfig) -> tuple[Callable[[], Params], Callable]:
-    """empty() -> the stacked layers, zero; put({path: stack}, {path: one layer's}, number) -> with that layer in."""
-    specs = {"layers": shapes(config)["layers"]}
-    lie = None if config.layout is None else config.layout.shardings(specs)
-
-    def put(stacks, values, layer):
-        return {p: jax.lax.dynamic_update_index_in_dim(stacks[p], v, layer, 0) for p, v in values.items()}
-
-    empty = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs), out_shardings=lie)
-    flat = None if lie is None else dict(_flat(lie))
-    return empty, jax.jit(put, donate_argnums=0, out_shardings=flat)
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack, value, layer):
+    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
 
 
 def save_pretrained(
@@ -247,7 +235,8 @@ def save_pretrained(
     dtype = dtype or str(flat["embed"].dtype)
     if dtype not in _WRITTEN:
         raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(_WRITTEN)}")
-    plan = _plan(model_config)
+    # By layer, as transformers writes them.
+    plan = dict(sorted(_plan(model_config).items(), key=lambda item: -1 if item[1][1] is None else item[1][1]))
     nbytes = {name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (*_, shape) in plan.items()}
     shards: list[list[str]] = [[]]
     size = 0

@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class Model:
 # ---- recompute numbers
 
 
-def recompute(s: Step, policy: Model, reference: Model) -> dict[str, np.ndarray]:
+def recompute(s: Step, policy: Model, reference: Model) -> dict[str, Any]:
     """Every number of the file, [B, n, ...], from ids, rewards and settings."""
     a, B, n, T = s.algorithm, s.B, s.n, s.T
     pairs = [(s.prompts[b], s.candidates[b][i]) for b in range(B) for i in range(n)]
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
     step = Step(config, arrays)
     faults = check_ids(step, transformers.AutoTokenizer.from_pretrained(policy_path), policy.end_ids)
-    lines = [(name, len(found), 0.0) for name, found in faults.items()]
+    lines: list[tuple[str, float, float]] = [(name, len(found), 0.0) for name, found in faults.items()]
     for name, theirs in recompute(step, policy, reference).items():
         lines.append((name, largest(arrays[name], theirs), args.tolerance))
     print(f"{args.run}, step {args.step}: {step.B} queries, {step.n} candidates each, "

@@ -131,11 +131,13 @@ def quote(s: Step, tokenizer, end_ids: set[int], completion: Ids) -> Ids:
     while ids and ids[-1] in end_ids:
         ids.pop()
     if s.config["contexts.text"] != "full":
-        mark = tokenizer.encode("</think>", add_special_tokens=False)
-        found = [k for k in range(len(ids)) if ids[k : k + len(mark)] == mark]
-        if not found and s.config["contexts.text"] == "answer":
+        marks = tokenizer.decode(ids).count("</think>")
+        if not marks and s.config["contexts.text"] == "answer":
             return []
-        ids = ids[found[-1] + len(mark) :] if found else ids
+        if marks:
+            # The shortest beginning whose text has every mark ends where the answer begins.
+            ends = (k for k in range(len(ids) + 1) if tokenizer.decode(ids[:k]).count("</think>") == marks)
+            ids = ids[next(ends) :]
     return ids[-s.config["contexts.cap"] :]
 
 
@@ -212,8 +214,9 @@ def holds_query(own: Ids, prompt: Ids, context: Ids, tokenizer) -> bool:
     if not own:
         match = difflib.SequenceMatcher(None, prompt, context, autojunk=False).find_longest_match()
         return 2 * match.size >= len(prompt)
-    merged = contains(context, own[1:-1]) and tokenizer.decode(own).strip() in tokenizer.decode(context)
-    return contains(context, own) or merged
+    if contains(context, own):
+        return True
+    return contains(context, own[1:-1]) and tokenizer.decode(own).strip() in tokenizer.decode(context)
 
 
 def contains(ids: Ids, run: Ids) -> bool:

@@ -149,9 +149,7 @@ def train(args, config, params, tokenizer):
 
     @jax.jit
     def step(params, state, batches):
-        parts = {
-            kind: learner.accumulate(loss, params, b, CHUNK // WIDTHS[kind][0])[:2] for kind, b in batches.items()
-        }
+        parts = {kind: learner.accumulate(loss, params, b, CHUNK // WIDTHS[kind][0])[:2] for kind, b in batches.items()}
         counts = {kind: b[3].sum() for kind, b in batches.items()}
         grads = jax.tree.map(lambda *x: sum(x) / sum(counts.values()), *(grads for grads, _ in parts.values()))
         updates, state = optimizer.update(grads, state, params)

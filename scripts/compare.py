@@ -1,15 +1,19 @@
-"""Train presets side by side on the tiny task, several seeds each, and tabulate them.
+"""Train presets side by side on one recipe, one or more seeds each, and tabulate them.
 
     python scripts/compare.py --models A B C --out docs/results/tiny
+    python scripts/compare.py --recipe smollm2 --models DIR --presets grpo gcpo --data words.jsonl words_eval.jsonl \\
+        --out docs/results/smollm2
 
-Seed k starts from the k-th model directory (scripts/cold_start.py makes one per seed) and runs configs/tiny.py as it
-is committed, seed apart. Runs lie under --runs; finished ones are read, unfinished ones resumed. Writes OUT.json and
-OUT.md and, where matplotlib is installed, OUT.svg.
+Seed k starts from the k-th model directory (scripts/cold_start.py makes one per seed) and runs the recipe as it is
+committed, seed apart. Runs lie under --runs; finished ones are read, unfinished ones resumed. Writes OUT.json, OUT.md
+and OUT.svg.
 """
 
 import argparse
 import datetime
+import importlib
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -20,25 +24,28 @@ import numpy as np
 
 from gcpo_jax import config as config_lib
 from gcpo_jax import train
-from gcpo_jax.configs import tiny
 from gcpo_jax.evaluate import mean_and_error
 
 MEASURES = ("pass@1", "greedy", "majority")
 COLUMNS = ("integrated/accuracy", "majority/accuracy", "upsilon/mean", "upsilon/std", "upsilon/reward_corr")
 
 
-def run(preset: str, seed: int, model: str, workdir: pathlib.Path, steps: int) -> list[dict[str, Any]]:
+def run(config: config_lib.Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """One run's rows of metrics.jsonl, trained now unless they are there already."""
-    config = tiny.get_config(preset)
-    config.model.path, config.train.seed, config.train.total_steps = model, seed, steps
-    if not (workdir / "policy").exists() and not train.train(config, workdir):
-        raise SystemExit("stopped; the same command goes on from here")
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    made = workdir.with_suffix(".commit")
+    if not (workdir / "policy").exists():
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout)
+        if not train.train(config, workdir):
+            raise SystemExit("stopped; the same command goes on from here")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["commit"] = made.read_text().strip()
+    return rows
 
 
 def summary(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over seeds, with standard errors over seeds, of one preset's runs."""
-    result: dict[str, Any] = {"seeds": len(runs)}
+    result: dict[str, Any] = {"seeds": len(runs), "commits": sorted({rows[0]["commit"] for rows in runs})}
     for name in MEASURES:
         curves = [[row[f"eval/{name}"] for row in rows if f"eval/{name}" in row] for rows in runs]
         result[name] = {
@@ -46,10 +53,12 @@ def summary(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
             "curve": [mean_and_error(at) for at in zip(*curves, strict=True)],
             "gain": mean_and_error([c[-1] - c[0] for c in curves]),
             "per_seed": [(c[0], c[-1]) for c in curves],
+            "per_seed_se": [[row[f"eval/{name}_se"] for row in (rows[0], rows[-1])] for rows in runs],
         }
     rewards = [[row["reward/mean"] for row in rows[1:]] for rows in runs]
     result["reward"] = [mean_and_error(at) for at in zip(*rewards, strict=True)]
     for name in COLUMNS:
+        result[f"{name}/by_step"] = [[row[name] for row in rows[1:]] for rows in runs]
         means = [[row[name] for row in rows[1:] if row[name] is not None] for rows in runs]
         result[name] = mean_and_error([float(np.mean(m)) for m in means]) if all(means) else None
     result["seconds_per_step"] = float(np.median([row["time/step_s"] for rows in runs for row in rows[1:]]))
@@ -99,13 +108,11 @@ def figure(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -113,25 +120,29 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Parse flags, run what is missing, write the results."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", required=True, help="one cold start per seed")
+    p.add_argument("--recipe", default="tiny", help="a file of configs/, without .py")
+    p.add_argument("--models", nargs="+", required=True, help="one model directory per seed")
+    p.add_argument("--data", nargs=2, default=("", ""), metavar=("TRAIN", "HELD_OUT"), help="JSONL files")
     p.add_argument("--presets", nargs="+", default=list(config_lib.PRESETS), choices=list(config_lib.PRESETS))
-    p.add_argument("--steps", type=int, default=tiny.get_config().train.total_steps)
     p.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
     p.add_argument("--out", type=pathlib.Path, help="results without suffix; without it, runs are only made")
     args = p.parse_args()
     train.cache_compilations()
-    results = {}
+    recipe = importlib.import_module(f"gcpo_jax.configs.{args.recipe}")
+    results, config = {}, recipe.get_config()
     for preset in args.presets:
-        runs = [
-            run(preset, seed, model, args.runs / f"{preset}-{seed}", args.steps)
-            for seed, model in enumerate(args.models)
-        ]
+        runs = []
+        for seed, model in enumerate(args.models):
+            config = recipe.get_config(preset)
+            config.model.path, config.train.seed = model, seed
+            config.data.path, config.data.eval_path = args.data
+            runs.append(run(config, args.runs / f"{preset}-{seed}"))
         results[preset] = summary(runs)
         print(table({preset: results[preset]}), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python scripts/compare.py --models {' '.join(f'SEED{k}' for k in range(len(args.models)))}"
-        record = {"command": command, "steps": args.steps, **machine(), "presets": results}
+        command = f"python scripts/compare.py --recipe {args.recipe} --models {' '.join('DIR' for _ in args.models)}"
+        record = {"command": command, "steps": config.train.total_steps, **machine(), "presets": results}
         args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(table(results))
         figure(results, args.out.with_suffix(".svg"))

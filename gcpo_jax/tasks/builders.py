@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -65,6 +66,7 @@ def write(task: str, splits: dict[str, list[Row]], directory: pathlib.Path) -> p
 
 def read(directory: pathlib.Path, split: str) -> list[Row]:
     """All rows of a split of a prepared data set, in the order they were written."""
-    source = tfds.builder_from_directory(directory).as_data_source(split=split)
+    builder: Any = tfds.builder_from_directory(directory)
+    source = builder.as_data_source(split=split)
     # One bulk read: asked for one at a time, records cost four times as much.
     return [json.loads(record["row"]) for record in source.__getitems__(range(len(source)))]

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 
@@ -52,7 +53,8 @@ def batch_indices(size: int, queries: int, step: int, seed: int) -> list[int]:
     Every epoch is a fresh permutation of all problems, a batch may straddle epochs, and nothing but these four numbers
     decides: a resumed run needs no state.
     """
-    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()  # shuffles every repetition anew, stores none
+    # Every repetition is shuffled anew, and none is stored.
+    order: Any = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return [order[place] for place in range(step * queries, (step + 1) * queries)]
 
 

@@ -58,7 +58,7 @@ def resolve_answer(path: str) -> Answer:
     The result raises RewardError, naming the completion, where the user's function raises.
     """
     module, _ = _resolve(path)
-    function = getattr(module, "answer", None)
+    function: Any = getattr(module, "answer", None)
     if not callable(function):
         return lambda completion: completion.strip() or None
 
