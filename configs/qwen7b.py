@@ -5,8 +5,8 @@
 From the paper: 4,096 prompt and 16,384 completion tokens, learning rate 1e-6, weight decay 0.01, cosine with a warm-up
 of 0.1, 256 completions a step, β = 0.04, κ = 0.06, α = 2. Not in the paper, chosen here: n = 8 (so 32 queries a step),
 temperature 1, ε = 0.2, total_steps. Hardware, time and accuracy were not measured. All devices of the machine share the
-parameters and the rows (mesh.fsdp=-1); more than 8 of them need a learner.micro_batch that they divide. The paper reports a mean over five benchmarks of 64.1 -> 66.5
-(Table 1).
+parameters and the rows (mesh.fsdp=-1); more than 8 of them need a learner.micro_batch that they divide. The paper
+reports a mean over five benchmarks of 64.1 -> 66.5 (Table 1).
 """
 
 from gcpo_jax import config as config_lib
