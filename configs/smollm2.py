@@ -12,9 +12,9 @@ def get_config(variant: str | None = None) -> config_lib.Config:
     return config_lib.Config(
         data=config_lib.Data(prompt="{problem} Just the number, in digits."),
         rollout=config_lib.Rollout(
-            queries=6, group_size=4, max_prompt_tokens=64, max_new_tokens=20, temperature=0.7, max_rows=64
+            queries=4, group_size=4, max_prompt_tokens=64, max_new_tokens=16, temperature=0.5, max_rows=16
         ),
-        contexts=config_lib.Contexts(cap=20),
+        contexts=config_lib.Contexts(cap=16),
         algorithm=config_lib.preset(variant),
         learner=config_lib.Learner(learning_rate=3e-5, warmup=0.1, weight_decay=0.0, micro_batch=8),
         evaluation=config_lib.Evaluation(problems=96, samples=4),

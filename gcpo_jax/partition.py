@@ -240,6 +240,8 @@ def layout_of(config: Config, model: Sizes) -> Layout | None:
     Raises:
       ConfigError: where mesh, model and batch sizes do not fit each other; the message says which sizes would do.
     """
+    if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1):
+        return None
     mesh = make_mesh(config.mesh)
     if mesh.size == 1:
         return None

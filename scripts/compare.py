@@ -85,23 +85,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def figure(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """Held-out pass@1 and greedy accuracy against updates, with standard errors over seeds."""
+    """Reward, held-out pass@1 and greedy accuracy against updates, with standard errors over seeds."""
     import matplotlib  # noqa: PLC0415 - an optional extra
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     plt.rcParams.update({"svg.hashsalt": "gcpo", "font.size": 9})
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, name in zip(axes, ("pass@1", "greedy"), strict=True):
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
+    curves = {"reward of the group": "reward", "held-out pass@1": "pass@1", "held-out greedy": "greedy"}
+    for axis, (title, name) in zip(axes, curves.items(), strict=True):
         for preset, r in results.items():
-            mean, error = np.array(r[name]["curve"]).T
+            points = r[name] if name == "reward" else r[name]["curve"]
+            steps = range(1, len(points) + 1) if name == "reward" else r[name]["steps"]
+            mean, error = np.array(points).T
             style = {"linewidth": 2.2} if preset in ("gcpo", "grpo") else {"linewidth": 0.9, "alpha": 0.7}
-            axis.errorbar(r[name]["steps"], mean, error, label=preset, capsize=2, **style)
+            axis.errorbar(steps, mean, error, label=preset, capsize=2, errorevery=1 if len(mean) < 10 else 5, **style)
         axis.set_xlabel("updates")
-        axis.set_title(f"held-out {name}")
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, ncol=2)
+    axes[0].legend(fontsize=7, ncol=2)
     fig.tight_layout()
     fig.savefig(path, metadata={"Date": None})
 
