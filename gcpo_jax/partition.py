@@ -67,13 +67,22 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
 
 @runtime_checkable
 class Sizes(Protocol):
-    """What of a model its layout depends on."""
+    """What of a model its layout depends on; a models.ModelConfig has it."""
 
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102 - the name says it
+
+    @property
+    def intermediate_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_heads(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_kv_heads(self) -> int: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)

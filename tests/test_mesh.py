@@ -52,7 +52,7 @@ def host_params(kv_heads=8, layers=3):
     """Numbers far from uniform distributions, on the host."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda s: np.float32(0.3 * rng.normal(size=s.shape)) + np.float32(s.ndim == 1),
+        lambda s: np.float32(0.1 * rng.normal(size=s.shape)) + np.float32(s.ndim == 1),
         models.shapes(model((1, 1, 1), kv_heads, layers)),
     )
 
@@ -100,7 +100,7 @@ def batch(seed: int, N=16, S=24) -> learner.Batch:
         advantages=rng.normal(size=N).astype(np.float32),
         rewards=rng.normal(size=N).astype(np.float32),
         real=np.arange(N) < N - 2,
-        ref_logp=-rng.uniform(1, 4, (N, T)).astype(np.float32) * mask,
+        ref_logp=-rng.uniform(3.2, 4.2, (N, T)).astype(np.float32) * mask,
         old_logp=None,
         kl=kl,
     )
