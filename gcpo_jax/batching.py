@@ -11,15 +11,17 @@ def bucket(length: int, least: int = 16) -> int:
     return -(-length // step) * step
 
 
-def chunks(lengths: Sequence[int], rows: int) -> Iterator[tuple[list[int], int]]:
+def chunks(lengths: Sequence[int], rows: int, multiple: int = 1) -> Iterator[tuple[list[int], int]]:
     """Cut rows of the given lengths into device calls: (row numbers, padded row count), longest first.
 
-    A call has `rows` rows, or a quarter of it where that holds all that is left: two shapes per length.
+    A call has `rows` rows, or a quarter of it where that holds all that is left: two shapes per length. Padded row
+    counts are multiples of `multiple`, the parts that a mesh cuts rows into.
     """
+    rows = max(multiple, rows // multiple * multiple)
+    quarter = -(-max(1, rows // 4) // multiple) * multiple
     order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        quarter = max(1, rows // 4)
         yield part, quarter if len(part) <= quarter else rows
 
 

@@ -21,7 +21,8 @@ class Model:
 
     path: str = ""  # Hugging Face directory (config.json, *.safetensors, tokenizer.json)
     dtype: str = "float32"  # of parameters and activations: "float32" | "bfloat16"; logits, losses and sums are float32
-    remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+    # What the backward pass recomputes: "none" | "dots" (all but products with parameters) | "full" (each layer whole)
+    remat: str = "none"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -89,17 +90,28 @@ class Algorithm:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Learner:
-    """AdamW and how a batch is cut up."""
+    """The optimizer and how a batch is cut up."""
 
+    optimizer: str = "adamw"  # | "adafactor" (no first moment, the second factored: far less memory, other steps)
+    moments_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" saves a quarter of the state
     learning_rate: float = 1e-6
     schedule: str = "cosine"  # "cosine" (to zero one update after the last) | "constant", both after a linear warm-up
     warmup: float = 0.1  # share of all updates
     weight_decay: float = 0.01
-    b1: float = 0.9
+    b1: float = 0.9  # of AdamW, as b2
     b2: float = 0.95
     max_grad_norm: float = 1.0
     updates_per_batch: int = 1  # μ
     micro_batch: int = 64  # rows differentiated at a time; whole groups; memory and cache, never results
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Mesh:
+    """How many devices share the work, and what they cut. One size may be -1: as many as there are devices left."""
+
+    data: int = 1  # rows
+    fsdp: int = 1  # rows; and parameters and optimizer state
+    tensor: int = 1  # heads, MLP and vocabulary
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -139,6 +151,7 @@ class Config:
     contexts: Contexts = dataclasses.field(default_factory=Contexts)
     algorithm: Algorithm = dataclasses.field(default_factory=Algorithm)
     learner: Learner = dataclasses.field(default_factory=Learner)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     train: Train = dataclasses.field(default_factory=Train)
@@ -184,6 +197,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
     "data.task": ("arithmetic", "jsonl"),
     "data.too_long": ("drop", "refuse"),
     "contexts.style": ("auto", "chat", "base", "tiny"),
@@ -195,6 +209,8 @@ _CHOICES = {
     "algorithm.similarity": ("cosine", "euclidean", "gaussian"),
     "algorithm.correction": ("psi", "zero", "permuted"),
     "algorithm.sampling": ("shared", "swap"),
+    "learner.optimizer": ("adamw", "adafactor"),
+    "learner.moments_dtype": ("float32", "bfloat16"),
     "learner.schedule": ("cosine", "constant"),
 }
 _AT_LEAST: dict[str, float] = {  # inclusive
@@ -292,8 +308,14 @@ def validate(config: Config) -> None:
         )
         need(partners >= 2, "rollout.group_size", "must be at least 3 with algorithm.sampling=swap")
         need(a.kl_targets <= n, "algorithm.kl_targets", f"must be at most rollout.group_size={n}")
+    if config.learner.optimizer == "adafactor":
+        need(config.learner.moments_dtype == "float32", "learner.moments_dtype", "must be float32 with adafactor")
     if a.causal_factor == "bayes":
         need(a.sampling == "shared", "algorithm.sampling", "must be shared with causal_factor bayes")
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        need(size >= 1 or size == -1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
+        need(size != -1 or list(sizes.values()).count(-1) == 1, f"mesh.{axis}", "must be -1 for one axis at most")
     for step in config.train.audit_steps:
         need(0 <= step < config.train.total_steps, "train.audit_steps", "must be in [0, train.total_steps)")
     if wrong:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gcpo_jax import causal, models, objectives
 from gcpo_jax.batching import bucket, pad_rows
 from gcpo_jax.config import Config, Learner
+from gcpo_jax.partition import Layout, rows_at_a_time
 from gcpo_jax.rollout import Actor, Experience
 from gcpo_jax.scorer import completion_logprobs
 
@@ -59,7 +61,10 @@ class KlBatch(NamedTuple):
 
 
 def make_optimizer(settings: Learner, updates: int) -> tuple[optax.GradientTransformation, Callable]:
-    """AdamW behind a global-norm clip, and its schedule over `updates`: linear warm-up, then cosine or constant."""
+    """The optimizer behind a global-norm clip, and its schedule over `updates`: linear warm-up, cosine or constant.
+
+    AdamW, or Adafactor's factored second moments (arXiv:1804.04235) with AdamW's decoupled weight decay.
+    """
     warmup = round(settings.warmup * updates)
     if settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(settings.learning_rate, max(1, updates - warmup))
@@ -68,14 +73,37 @@ def make_optimizer(settings: Learner, updates: int) -> tuple[optax.GradientTrans
     # The ramp starts above zero, so the first update is not wasted.
     ramp = optax.linear_schedule(settings.learning_rate / (warmup + 1), settings.learning_rate, max(1, warmup))
     schedule = optax.join_schedules([ramp, after], [warmup]) if warmup else after
-    adamw = optax.adamw(
-        schedule,
-        b1=settings.b1,
-        b2=settings.b2,
-        weight_decay=settings.weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw), schedule
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(_decays, params)
+
+    if settings.optimizer == "adafactor":
+        scale = [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(settings.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        ]
+    else:
+        scale = [
+            optax.adamw(
+                schedule,
+                b1=settings.b1,
+                b2=settings.b2,
+                mu_dtype=settings.moments_dtype,
+                weight_decay=settings.weight_decay,
+                mask=decayed,
+            )
+        ]
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), *scale), schedule
+
+
+def init_state(model_config: models.ModelConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
+    """The state before the first update; its moments lie where their parameters lie. `params` become part of it."""
+    if model_config.layout is None:
+        return TrainState(params, optimizer.init(params))
+    shardings = model_config.layout.shardings(jax.eval_shape(optimizer.init, params))
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings)(params))
 
 
 def _decays(path, _) -> bool:
@@ -91,7 +119,7 @@ def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
     """
     config = actor.config
     a, n, T = config.algorithm, config.rollout.group_size, config.rollout.max_new_tokens
-    groups = max(1, config.learner.micro_batch // n)
+    groups = rows_at_a_time(config) // n
     real = len(exp.prompts) * n
     N = -(-len(exp.prompts) // groups) * groups * n
     prompts = [p for p in exp.prompts for _ in range(n)]
@@ -139,7 +167,7 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     candidate = [exp.candidates.tokens[b][i] for b, i in targets]
     with_gradient = [[c for c in cs if c.weight_x] for cs in contexts]
     others = [(m, c) for m, cs in enumerate(contexts) for c in cs if not c.weight_x]
-    G, size = len(with_gradient[0]), max(1, actor.config.learner.micro_batch // n)
+    G, size = len(with_gradient[0]), _targets_at_a_time(actor.model_config, actor.config)
     M = -(-len(targets) // size) * size
 
     phi_rest = np.zeros((M, T), np.float32)
@@ -185,6 +213,13 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     )
 
 
+def _targets_at_a_time(model_config: models.ModelConfig, config: Config) -> int:
+    """Targets of KL' in a micro-batch: as many as it has groups, and on a mesh one at least for every part of rows."""
+    groups = rows_at_a_time(config) // config.rollout.group_size
+    shards = 1 if model_config.layout is None else model_config.layout.row_shards
+    return -(-groups // shards) * shards
+
+
 def make_update(model_config: models.ModelConfig, config: Config, optimizer: optax.GradientTransformation) -> Callable:
     """The jitted update(state, batch) -> (state, metrics, details); the state's buffers are reused for the result.
 
@@ -193,20 +228,20 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     details: logp [N, T] of the policy before the update and, where there is KL', p_q, p_x, p_phi, projected [M, T].
     """
     surrogate, causal_kl = _losses(model_config, config)
-    n = config.rollout.group_size
-    groups = max(1, config.learner.micro_batch // n)
+    n, layout = config.rollout.group_size, model_config.layout
 
     def update(state: TrainState, batch: Batch):
         main = batch._replace(kl=None)
         surrogate_of = functools.partial(surrogate, total_groups=jnp.sum(batch.real.astype(jnp.float32)) / n)
-        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, groups * n)
+        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, rows_at_a_time(config), layout)
         tokens = jnp.sum(batch.mask * batch.real.astype(jnp.float32)[:, None])
         metrics = {name: jnp.sum(value) / tokens for name, value in sums.items()}
         details = {"logp": logp.reshape(batch.mask.shape)}
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
             rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
-            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, groups)
+            size = _targets_at_a_time(model_config, config)
+            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, size, layout)
             grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
             tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])
             metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
@@ -216,18 +251,29 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), metrics, details
 
-    return jax.jit(update, donate_argnums=0)
+    if layout is None:
+        return jax.jit(update, donate_argnums=0)
+    params = models.shapes(model_config)
+    state = layout.shardings(TrainState(params, jax.eval_shape(optimizer.init, params)))
+    rows, same = layout.sharding("rows"), NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(update, donate_argnums=0, in_shardings=(state, rows), out_shardings=(state, same, rows))
 
 
-def accumulate(loss, params, rows, size):
+def accumulate(loss, params, rows, size, layout: Layout | None = None):
     """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' other outputs, stacked."""
     parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    if layout is not None:
+        parts = layout.constrain(parts, "parts")
+        shardings = layout.shardings(params)
 
     def add(total, part):
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, total, (grads, value)), aux
+        total = jax.tree.map(jnp.add, total, (grads, value))
+        if layout is not None:
+            total = (jax.lax.with_sharding_constraint(total[0], shardings), total[1])
+        return total, aux
 
-    zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
     (grads, value), aux = jax.lax.scan(add, zero, parts)
     return grads, value, aux
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from gcpo_jax.config import Config, ConfigError, flatten
 
-# What may differ when a run goes on: these change what is written down, never a number of the run.
-MAY_CHANGE = frozenset({"checkpoint.every", "checkpoint.keep", "train.log_groups"})
+# What may differ when a run goes on: these change what is written down or where it is computed, never a number of the
+# run beyond rounding.
+MAY_CHANGE = frozenset(
+    {"checkpoint.every", "checkpoint.keep", "train.log_groups", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+)
 
 
 class Run:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gcpo_jax import models
 from gcpo_jax.batching import bucket, chunks, pad_rows
+from gcpo_jax.partition import put_rows
 
 
 class Samples(NamedTuple):
@@ -88,7 +89,9 @@ def sample(
     tokens: list[list[list[int]]] = [[] for _ in prompts]
     logprobs: list[list[list[float]]] = [[] for _ in prompts]
     running = []
-    for rows, size in chunks([len(p) for p in prompts], max(1, max_rows // n)):
+    layout = model_config.layout
+    shards = 1 if layout is None else layout.row_shards
+    for rows, size in chunks([len(p) for p in prompts], max(1, max_rows // n), shards):
         width = bucket(max(len(prompts[r]) for r in rows))
         ids, lengths = pad_rows([prompts[r] for r in rows], size, width)
         index = np.zeros(size, np.int32)
@@ -96,10 +99,7 @@ def sample(
         out = _sample(
             model_config,
             params,
-            ids,
-            np.maximum(lengths, 1),
-            index,
-            lengths > 0,
+            *put_rows(layout, ids, np.maximum(lengths, 1), index, lengths > 0),
             key,
             n=n,
             max_new_tokens=max_new_tokens,
@@ -155,7 +155,7 @@ def _sample(
     top_p: float,
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B n T"], Float[Array, "B n T"], Int[Array, "B n"]]:
-    B, T = prompts.shape[0], max_new_tokens
+    B, T, layout = prompts.shape[0], max_new_tokens, model_config.layout
     # All uniforms at once, a key per (prompt, sample): a row's noise cannot depend on its neighbours.
     row_keys = jax.vmap(lambda b: jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(key, b), k))(jnp.arange(n)))(
         index
@@ -166,6 +166,9 @@ def _sample(
 
     def draw(hidden, u):
         logits = models.unembed(model_config, params, hidden)
+        if layout is not None:
+            # Products with each device's words first, and the rows' whole distributions only then: never a whole table.
+            logits = layout.constrain(layout.constrain(logits, "step_products"), "step_logits")
         logp = jax.nn.log_softmax(logits / (temperature or 1.0))
         tokens = choose(logp, u, top_k=top_k, top_p=top_p, greedy=temperature == 0)
         return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]

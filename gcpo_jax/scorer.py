@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
 from gcpo_jax.batching import bucket, chunks, pad_rows
+from gcpo_jax.partition import put_rows
 
-TOKENS_PER_CHUNK = 1024  # logits live for this many tokens at a time: [1024, V] float32 at most, never [R * T, V]
+# Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
+TOKENS_PER_CHUNK = 1024
 
 
 def completion_logprobs(
@@ -26,7 +28,7 @@ def completion_logprobs(
     lengths: Int[Array, " R"],
     width: int,
     temperature: float = 1.0,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """log π(y_j | prompt, y_<j) and the entropy (nats, no gradient) of the distribution it was drawn from.
 
@@ -34,6 +36,7 @@ def completion_logprobs(
       tokens: prompt and completion, contiguous, right-padded.
       prompt_lengths: at least 1; lengths: prompt and completion.
       width: T, the columns returned; those at or beyond a row's completion length are 0.
+      remat: as in models.encode.
     """
     hidden = models.encode(model_config, params, tokens, lengths, remat=remat)
     before = prompt_lengths[:, None] - 1 + jnp.arange(width)[None, :]
@@ -47,20 +50,28 @@ def completion_logprobs(
 
 def _chunked(model_config, params, hidden, targets, temperature):
     R, T, D = hidden.shape
-    size = min(TOKENS_PER_CHUNK, R * T)
-    padding = -(R * T) % size
-    hidden = jnp.pad(hidden.reshape(R * T, D), ((0, padding), (0, 0))).reshape(-1, size, D)
-    targets = jnp.pad(targets.reshape(R * T), (0, padding)).reshape(-1, size)
+    layout = model_config.layout
+    # Chunks of columns: every row, and so every device of a mesh, has its part of each.
+    shards = 1 if layout is None else layout.row_shards
+    count = min(T, -(-R * T // (TOKENS_PER_CHUNK * shards)))
+    columns = -(-T // count)
+    padding = count * columns - T
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(R, count, columns, D).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(R, count, columns).swapaxes(0, 1)
+    name = "embed" if model_config.tied_embeddings else "unembed"
+    table = {name: params[name]} if layout is None else layout.gather({name: params[name]})
 
     @jax.checkpoint  # the backward pass recomputes the logits of a chunk instead of keeping all of them
     def one(chunk):
         hidden, targets = chunk
-        logp = jax.nn.log_softmax(models.unembed(model_config, params, hidden) / temperature)
+        logits = models.unembed(model_config, table, hidden)
+        logits = logits if layout is None else layout.constrain(logits, "logits")
+        logp = jax.nn.log_softmax(logits / temperature)
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        return jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0], jax.lax.stop_gradient(entropy)
+        return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], jax.lax.stop_gradient(entropy)
 
     logp, entropy = jax.lax.map(one, (hidden, targets))
-    return (x.reshape(-1)[: R * T].reshape(R, T) for x in (logp, entropy))
+    return (x.swapaxes(0, 1).reshape(R, -1)[:, :T] for x in (logp, entropy))
 
 
 _completion_logprobs = jax.jit(completion_logprobs, static_argnames=("model_config", "width", "temperature", "remat"))
@@ -94,13 +105,13 @@ def score(
     result = np.zeros((len(prompts), width), np.float32)
     rows_of = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     running = []
-    for rows, size in chunks([len(r) for r in rows_of], max_rows):
+    layout = model_config.layout
+    for rows, size in chunks([len(r) for r in rows_of], max_rows, 1 if layout is None else layout.row_shards):
         tokens, lengths = pad_rows([rows_of[r] for r in rows], size, bucket(max(len(rows_of[r]) for r in rows) + 1))
         prompt_lengths = np.ones(size, np.int32)
         prompt_lengths[: len(rows)] = [len(prompts[r]) for r in rows]
-        logp, _ = _completion_logprobs(
-            model_config, params, tokens, prompt_lengths, np.maximum(lengths, 1), width, float(temperature)
-        )
+        inputs = put_rows(layout, tokens, prompt_lengths, np.maximum(lengths, 1))
+        logp, _ = _completion_logprobs(model_config, params, *inputs, width, float(temperature))
         running.append((rows, logp))
     for rows, logp in running:
         result[rows] = np.asarray(logp)[: len(rows)]
@@ -122,9 +133,10 @@ def last_hidden(
     distinct = list(dict.fromkeys(tuple(s) for s in sequences))
     result = np.zeros((len(distinct), model_config.hidden_size), np.float32)
     running = []
-    for rows, size in chunks([len(s) for s in distinct], max_rows):
+    layout = model_config.layout
+    for rows, size in chunks([len(s) for s in distinct], max_rows, 1 if layout is None else layout.row_shards):
         tokens, lengths = pad_rows([distinct[r] for r in rows], size, bucket(max(len(distinct[r]) for r in rows)))
-        running.append((rows, _last_hidden(model_config, params, tokens, np.maximum(lengths, 1))))
+        running.append((rows, _last_hidden(model_config, params, *put_rows(layout, tokens, np.maximum(lengths, 1)))))
     for rows, hidden in running:
         result[rows] = np.asarray(hidden)[: len(rows)]
     at = {s: r for r, s in enumerate(distinct)}

@@ -4,6 +4,7 @@ train() is Algorithm 1 of the paper, top to bottom; everything it calls is in th
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -14,7 +15,20 @@ import transformers
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcpo_jax import audit, checkpoint, commandline, evaluate, learner, metrics, models, rollout, rundir, summary, tasks
+from gcpo_jax import (
+    audit,
+    checkpoint,
+    commandline,
+    evaluate,
+    learner,
+    metrics,
+    models,
+    partition,
+    rollout,
+    rundir,
+    summary,
+    tasks,
+)
 from gcpo_jax import config as config_lib
 from gcpo_jax.contexts import ContextBuilder
 
@@ -49,15 +63,21 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     problems, too_long = within_limit(config, contexts, task.train, model_config.vocab_size)
     held_out, too_long_held_out = within_limit(config, contexts, task.held_out, model_config.vocab_size)
     models.check_weights(config.model.path)
+    layout = partition.layout_of(config, model_config)
+    model_config = dataclasses.replace(model_config, layout=layout)
     run = rundir.open_run(workdir, config)
 
-    _, params = models.load_pretrained(config.model.path, "float32")
+    _, params = models.load_pretrained(config.model.path, "float32", layout.mesh if layout else None)
     a, mu = config.algorithm, config.learner.updates_per_batch
-    ref_params = learner.cast(params, config.model.dtype) if a.beta > 0 and a.objective == "clipped" else None
+    ref_params = None
+    if a.beta > 0 and a.objective == "clipped":
+        # A copy: the state's own buffers are reused by the first update.
+        ref_params = jax.tree.map(jax.numpy.copy, learner.cast(params, config.model.dtype))
     optimizer, schedule = learner.make_optimizer(config.learner, config.train.total_steps * mu)
     update = learner.make_update(model_config, config, optimizer)
     size = summary.count(params)
-    state = learner.TrainState(jax.tree.map(jax.numpy.copy, params), optimizer.init(params))
+    state = learner.init_state(model_config, optimizer, params)
+    del params
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if start:

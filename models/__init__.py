@@ -3,7 +3,7 @@
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config
 from gcpo_jax.models.decode import decode_step, init_cache, prefill
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
-from gcpo_jax.models.qwen import encode, forward, init_params, unembed
+from gcpo_jax.models.qwen import encode, forward, init_params, shapes, unembed
 
 __all__ = [
     "ModelConfig",
@@ -18,5 +18,6 @@ __all__ = [
     "prefill",
     "read_config",
     "save_pretrained",
+    "shapes",
     "unembed",
 ]

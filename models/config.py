@@ -5,6 +5,8 @@ import json
 import pathlib
 from typing import Any
 
+from gcpo_jax.partition import Layout
+
 
 class ModelError(ValueError):
     """A model directory that cannot be used. The message names the file and what is wrong with it."""
@@ -31,6 +33,7 @@ class ModelConfig:
     dtype: str = "float32"
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    layout: Layout | None = None  # how its arrays lie on a mesh; None: all on one device
 
 
 _FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.qwen import Params, block, embed, final_norm, run_layers
+from gcpo_jax.models.qwen import Params, block, constrain, final_norm, run_layers
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 
@@ -19,7 +19,7 @@ def prefill(
     model_config: ModelConfig, params: Params, tokens: Int[Array, "B P"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], Cache]:
     """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
-    hidden, cache = run_layers(model_config, params, tokens, lengths, remat=False, keep_cache=True)
+    hidden, cache = run_layers(model_config, params, tokens, lengths, remat="none", keep_cache=True)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
@@ -27,7 +27,7 @@ def init_cache(model_config: ModelConfig, B: int, n: int, T: int) -> Cache:
     """An empty cache of generated tokens, keys and values [L, B, n, K, T, A]."""
     c = model_config
     shape = (c.num_layers, B, n, c.num_kv_heads, T, c.head_dim)
-    return jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)
+    return constrain(c, (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)), "cache")
 
 
 def decode_step(
@@ -59,6 +59,7 @@ def decode_step(
         number, layer_params, prompt_k, prompt_v = inputs
 
         def attend(q, k, v):
+            q, k, v = constrain(c, q, "step_queries"), *constrain(c, (k, v), "step_keys")
             # The caches travel in the carry and are written at (layer, step): no copy of them is made.
             at = (number, 0, 0, 0, step, 0)
             new_keys = jax.lax.dynamic_update_slice(keys, k[None, :, :, :, None], at)
@@ -74,11 +75,11 @@ def decode_step(
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
             heads = jnp.einsum("bnkgp,bkpa->bnkga", weights[..., :P], prompt_v)
             heads = heads + jnp.einsum("bnkgt,bnkta->bnkga", weights[..., P:], own_v)
-            return heads, (new_keys, new_values)
+            return constrain(c, heads, "step_queries"), (new_keys, new_values)
 
         x, (keys, values) = block(c, layer_params)(x, positions, attend)
-        return (x, keys, values), None
+        return (constrain(c, x, "step_hidden"), *constrain(c, (keys, values), "cache")), None
 
-    start = (embed(params, tokens), *own_cache)
+    start = (constrain(c, params["embed"][tokens], "step_hidden"), *own_cache)
     (x, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache))
     return final_norm(c, params, x), (keys, values)

@@ -1,22 +1,26 @@
 """Hugging Face directories: read, checked tensor by tensor, and written back."""
 
+import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config, to_hf
 from gcpo_jax.models.qwen import Params, shapes
+from gcpo_jax.partition import make_layout
 
 Transform = Callable[[np.ndarray], np.ndarray]
 _keep: Transform = lambda w: w  # noqa: E731
@@ -36,6 +40,7 @@ _NAMES: list[tuple[str, str, Transform]] = [
 ]
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old exports carry
 _STORED = ("F32", "BF16", "F16")
+_WRITTEN = {"float32": "F32", "bfloat16": "BF16"}
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
     "generation_config.json",
@@ -110,31 +115,37 @@ def load_pretrained(
 ) -> tuple[ModelConfig, Params]:
     """Read a Hugging Face directory of the Qwen2, Qwen3 or Llama family, one file or shards.
 
+    Every tensor is read and placed by itself, on each device only the part that lies there: beside the parameters, host
+    memory holds one file's pages and one tensor at most.
+
     Args:
       dtype: of the parameters returned: "float32" | "bfloat16".
-      mesh: where to place them, replicated; None: the default device.
+      mesh: of axes data, fsdp and tensor, on which they lie as gcpo_jax/partition.py says; None: the default device.
 
     Raises:
       ModelError: naming every missing, unknown and misshapen tensor, or what else is wrong with the directory.
+      ConfigError: where the mesh does not divide the model.
     """
     path = pathlib.Path(path)
     config = read_config(path, dtype)
+    if mesh is not None:
+        config = dataclasses.replace(config, layout=make_layout(mesh, config))
     plan = _plan(config)
-    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    found: dict[str, np.ndarray] = {}
-    for file, names in _inspect(path, config, plan).items():
+    files = _inspect(path, config, plan)
+    found: dict[str, jax.Array] = {}
+    for file, names in files.items():
         with safe_open(file, framework="np") as tensors:
             for theirs, name in names.items():
-                our_path, layer, transform, _ = plan[name]
-                value = transform(tensors.get_tensor(theirs)).astype(target)
-                if layer is None:
-                    found[our_path] = np.ascontiguousarray(value)
-                else:
+                our_path, layer, transform, shape = plan[name]
+                value = _placed(tensors.get_slice(theirs), shape, transform, config, our_path, layer is not None)
+                if layer is not None:
                     if our_path not in found:
-                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
-                    found[our_path][layer] = value
-    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
-    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+                        lies = None if config.layout is None else config.layout.parameter(our_path)
+                        found[our_path] = jnp.zeros((config.num_layers, *value.shape), value.dtype, device=lies)
+                    value = _put(found[our_path], value, layer)
+                # Waiting keeps the host at one tensor; without, reading would run ahead of copying.
+                found[our_path] = jax.block_until_ready(value)
+    return config, _nested(found)
 
 
 def check_weights(path: str | pathlib.Path) -> None:
@@ -179,43 +190,81 @@ def _inspect(path: pathlib.Path, config: ModelConfig, plan) -> dict[pathlib.Path
     return files
 
 
+def _placed(given, shape, transform: Transform, config: ModelConfig, our_path: str, of_layer: bool) -> jax.Array:
+    """A tensor of a file on the device or mesh, read in the pieces that lie on the devices of this process."""
+    target = ml_dtypes.bfloat16 if config.dtype == "bfloat16" else np.float32
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        turned = index[::-1] if transform is _transpose else index
+        return np.ascontiguousarray(transform(given[turned]).astype(target, copy=False))
+
+    if config.layout is None:
+        return jnp.array(read((slice(None),) * len(shape)))  # its own memory: an update may reuse it
+    pieces: dict[tuple, np.ndarray] = {}
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in pieces:
+            pieces[key] = read(index)
+        return pieces[key]
+
+    ours = shape[::-1] if transform is _transpose else shape
+    return jax.make_array_from_callback(ours, config.layout.parameter(our_path, of_layer), piece)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack, value, layer):
+    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+
 def save_pretrained(
     path: str | pathlib.Path,
     model_config: ModelConfig,
     params: Params,
     source: str | pathlib.Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
 ) -> None:
     """Write a directory that transformers and vLLM load; an older one there is replaced once the new one is whole.
+
+    Tensors are brought to the host and written one by one, wherever and in how many pieces they lie.
 
     Args:
       source: a directory whose tokenizer, chat template and generation config are carried along.
       max_shard_bytes: above this, several files and model.safetensors.index.json.
+      dtype: stored: "float32" | "bfloat16"; None: that of the parameters.
+
+    Raises:
+      ModelError: for another dtype.
     """
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     flat = dict(_flat(params))
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
-    for name, (our_path, layer, transform, _) in _plan(model_config).items():
-        value = np.asarray(flat[our_path] if layer is None else flat[our_path][layer])
-        value = np.ascontiguousarray(transform(value))
-        if size and size + value.nbytes > max_shard_bytes:
-            shards.append({})
+    dtype = dtype or str(flat["embed"].dtype)
+    if dtype not in _WRITTEN:
+        raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(_WRITTEN)}")
+    # By layer, as transformers writes them.
+    plan = dict(sorted(_plan(model_config).items(), key=lambda item: -1 if item[1][1] is None else item[1][1]))
+    nbytes = {name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (*_, shape) in plan.items()}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in plan:
+        if size and size + nbytes[name] > max_shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = value
-        size, total = size + value.nbytes, total + value.nbytes
+        shards[-1].append(name)
+        size += nbytes[name]
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, partial / file, metadata={"format": "pt"})
-    hf = to_hf(model_config) | {"torch_dtype": str(np.asarray(flat["embed"][:0]).dtype)}
+        _write(partial / file, {name: plan[name] for name in shard}, flat, dtype)
+    hf = to_hf(model_config) | {"torch_dtype": dtype}
     (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     generation = {"eos_token_id": list(model_config.eos_ids), "pad_token_id": model_config.pad_id}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -230,3 +279,25 @@ def save_pretrained(
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(file: pathlib.Path, plan, flat: dict[str, jax.Array], dtype: str) -> None:
+    """One safetensors file, tensor by tensor: eight bytes of the header's length, the header, then the numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (*_, shape) in plan.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _WRITTEN[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for our_path, layer, transform, _ in plan.values():
+            value = np.asarray(_tensor(jnp.asarray(flat[our_path]), layer, dtype))
+            out.write(np.ascontiguousarray(transform(value)).reshape(-1).view(np.uint8).data)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _tensor(stack, layer, dtype):
+    one = stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return one.astype(dtype)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models.config import ModelConfig
@@ -150,9 +151,15 @@ def init_params(model_config: ModelConfig, seed: int = 0) -> Params:
     return treedef.unflatten([one(p, s, k) for (p, s), k in zip(paths, keys, strict=True)])
 
 
-def embed(params: Params, tokens):
-    """Token ids to vectors."""
-    return params["embed"][tokens]
+def constrain(c: ModelConfig, x, name: str):
+    """x, told to lie on the mesh as an activation of that name; x itself where there is no mesh."""
+    return x if c.layout is None else c.layout.constrain(x, name)
+
+
+def embed(c: ModelConfig, params: Params, tokens):
+    """Token ids to vectors. The table is put together over fsdp first: rows and width cannot both be cut by it."""
+    table = params["embed"] if c.layout is None else c.layout.gather({"embed": params["embed"]})["embed"]
+    return constrain(c, table[tokens], "hidden")
 
 
 def final_norm(c: ModelConfig, params: Params, x):
@@ -171,7 +178,21 @@ def attention(q, k, v, mask):
     return jnp.einsum("...kgqs,...ska->...qkga", weights, v)
 
 
-def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: bool, keep_cache: bool):
+def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
+    """The layer with what `remat` names computed again in the backward pass; loops need no guard against merging."""
+    if remat == "full":
+        return jax.checkpoint(layer, prevent_cse=False)
+    if remat == "dots":
+        return jax.checkpoint(layer, prevent_cse=False, policy=checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if remat != "none":
+        raise ValueError(f"remat={remat!r}: must be none, dots or full")
+    if c.layout is None or not c.layout.gathers:
+        return layer
+    # Everything is kept but what a constraint made: kept, the gathered parameters of all layers would be the model.
+    return jax.checkpoint(layer, prevent_cse=False, policy=lambda op, *_, **__: op.name != "sharding_constraint")
+
+
+def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep_cache: bool):
     """Hidden states [R, S, D] after the final norm and, if asked for, every layer's keys and values [L, R, K, S, A]."""
     R, S = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(S)[None, :], (R, S))
@@ -183,10 +204,13 @@ def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: bool, kee
         return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
     def layer(x, layer_params):
-        return block(c, layer_params)(x, positions, attend)
+        if c.layout is not None:
+            layer_params = c.layout.gather(layer_params, section="layers")
+        x, kept = block(c, layer_params)(x, positions, attend)
+        return constrain(c, x, "hidden"), kept
 
-    x, cache = jax.lax.scan(jax.checkpoint(layer) if remat else layer, embed(params, tokens), params["layers"])
-    return final_norm(c, params, x), cache
+    x, cache = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
+    return final_norm(c, params, x), constrain(c, cache, "prompt_cache") if keep_cache else None
 
 
 def encode(
@@ -194,9 +218,13 @@ def encode(
     params: Params,
     tokens: Int[Array, "R S"],
     lengths: Int[Array, " R"],
-    remat: bool = False,
+    remat: str = "none",
 ) -> Float[Array, "R S D"]:
-    """Hidden states after the final norm; those at or beyond a row's length mean nothing."""
+    """Hidden states after the final norm; those at or beyond a row's length mean nothing.
+
+    Args:
+      remat: what a backward pass computes again: "none" | "dots" (all but products with parameters) | "full".
+    """
     return run_layers(model_config, params, tokens, lengths, remat, keep_cache=False)[0]
 
 
@@ -212,7 +240,7 @@ def forward(
     params: Params,
     tokens: Int[Array, "R S"],
     lengths: Int[Array, " R"],
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "R S V"], Float[Array, "R S D"]]:
     """(logits, hidden states after the final norm) of right-padded rows; padding never influences real tokens."""
     hidden = encode(model_config, params, tokens, lengths, remat)
