@@ -14,6 +14,7 @@ import marshal
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from . import split, wire
@@ -73,7 +74,7 @@ class Judge:
         self.link.ask("source", self.job["code"])
         own = set(scope) | split.bound(tree.body)
         wanted = {name for name in split.names([tree]) - own - set(vars(builtins)) if not name.startswith("__")}
-        scope |= self.fetch(wanted | split.shadowing(tree.body, split.bound(tree.body)), sys.stdlib_module_names)
+        scope |= self.fetch(wanted | split.shadowing(tree.body, split.bound(tree.body)), importlib.import_module)
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), scope | self.reports())
 
     def together(self) -> None:
@@ -105,8 +106,8 @@ class Judge:
         names, mine = split.names(everything) - known, split.bound(body)
         wanted = {name for name in names | mine if not name.startswith("__")} | split.shadowing(everything, definitions)
         scope: dict[str, Any] = {name: getattr(builtins, name) for name in split.SAFE | split.ERRORS}
-        scope |= {"__name__": "__main__", "__builtins__": {}, "print": self.print, "type": _type}
-        scope |= self.fetch(wanted, split.SAFE_MODULES) | self.reports()
+        scope |= {"__name__": "__main__", "__builtins__": {"__import__": split.safe_module}, "print": self.print, "type": _type}
+        scope |= self.fetch(wanted, split.safe_module) | self.reports()
         exec(compile(ast.Module(everything, []), "<tests>", "exec", dont_inherit=True), scope)
         for name in mine & set(scope):
             with contextlib.suppress(TypeError):  # a function of the tests, say: the program goes without it
@@ -116,15 +117,16 @@ class Judge:
         """The tests' print, which adds to the program's output."""
         self.link.say((sep.join(str(value) for value in values) + end).encode(errors="replace"))
 
-    def fetch(self, wanted: set[str], modules: frozenset[str]) -> dict[str, Any]:
-        """The program's objects of these names; of `modules` the judge takes its own copies."""
+    def fetch(self, wanted: set[str], load: Callable[[str], Any]) -> dict[str, Any]:
+        """The program's objects of these names; modules of the standard library are the judge's own, where `load` has them."""
         found = self.link.ask("names", *sorted(wanted))
         if type(found) is not dict or not set(found) <= wanted:
             raise Over("failed", "the program's process answered with other names than were asked for")
         for name, x in found.items():
             module = object.__getattribute__(x, "_module") if type(x) is Remote else None
-            if module in modules:
-                found[name] = importlib.import_module(module)
+            if module in sys.stdlib_module_names:
+                with contextlib.suppress(ImportError):
+                    found[name] = load(module)
         return found
 
     def counted(self, tree: ast.Module, first: int = 0) -> int:

@@ -129,8 +129,8 @@ class Link:
         """What an object that could not be copied is here."""
         if "builtin" in x and isinstance(getattr(builtins, x["builtin"]), type):
             return getattr(builtins, x["builtin"])
-        number, module = x["ref"] if "ref" in x else (0, None)
-        if "ref" not in x or type(number) is not int:
+        number, module = x["ref"]
+        if type(number) is not int:
             raise ValueError("no object")
         return Remote(self, number, module if isinstance(module, str) else None)
 
@@ -157,7 +157,7 @@ class Remote:
         object.__setattr__(self, "_module", module)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name in Remote.__slots__:
             raise AttributeError(name)
         return self._link.ask("get", self, name)
 

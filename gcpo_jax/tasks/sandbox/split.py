@@ -9,7 +9,10 @@ reached; a test outside of that part stays with the program, whose word must the
 import ast
 import builtins
 import dataclasses
+import importlib
+import types
 from collections.abc import Iterable
+from typing import Any
 
 SAFE = frozenset(
     "abs all any bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format frozenset hash hex int "
@@ -17,7 +20,14 @@ SAFE = frozenset(
     "sum tuple type zip".split()
 )
 ERRORS = frozenset(name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, Exception))
-SAFE_MODULES = frozenset({"math", "cmath"})
+# What of a module the tests of a program that is not trusted may use (None: all that is public).
+SAFE_MODULES: dict[str, list[str] | None] = {
+    "math": None,
+    "cmath": None,
+    "copy": ["copy", "deepcopy"],
+    "random": ["Random", "choice", "choices", "randint", "random", "randrange", "sample", "seed", "shuffle", "uniform"],
+    "string": ["ascii_letters", "ascii_lowercase", "ascii_uppercase", "digits", "hexdigits", "punctuation", "whitespace"],
+}
 STATEMENTS = (
     ast.Assert,
     ast.Expr,
@@ -42,6 +52,19 @@ class Part:
     body: list[ast.stmt]
     test: bool = False
     definition: str = ""
+
+
+def safe_module(name: str, *_: object) -> Any:
+    """A module that holds what SAFE_MODULES says; takes the place of `__import__`.
+
+    Raises:
+      ImportError: for any other.
+    """
+    if name not in SAFE_MODULES:
+        raise ImportError(f"{name} cannot be imported by the tests of a program that is not trusted")
+    module = importlib.import_module(name)
+    public = SAFE_MODULES[name] or [member for member in dir(module) if not member.startswith("_")]
+    return types.SimpleNamespace(**{member: getattr(module, member) for member in public})
 
 
 def names(nodes: Iterable[ast.AST], context: type[ast.expr_context] = ast.Load) -> set[str]:
@@ -76,7 +99,7 @@ def shadowing(body: Iterable[ast.stmt], tests: Iterable[str]) -> set[str]:
     Otherwise built-ins are the real ones: a program's own `sorted` or `abs` has no say in how its results are compared.
     """
     calls = [n for node in body for n in ast.walk(node) if isinstance(n, ast.Call)]
-    called = {n.func.id for n in calls if isinstance(n.func, ast.Name)}
+    called = {n.func.id for n in calls if isinstance(n.func, ast.Name) and not n.func.id.startswith("__")}
     given = {
         argument.id
         for n in calls
@@ -96,6 +119,10 @@ def asserts(node: ast.AST) -> bool:
 def plain(node: ast.AST) -> bool:
     """Whether a statement keeps to what the judge may run for a program that is not trusted."""
     for n in ast.walk(node):
+        if isinstance(n, ast.Import | ast.ImportFrom):
+            modules = [n.module] if isinstance(n, ast.ImportFrom) else [alias.name for alias in n.names]
+            if set(modules) <= set(SAFE_MODULES) and all(alias.name != "*" for alias in n.names):
+                continue
         if isinstance(n, ast.stmt) and not isinstance(n, STATEMENTS):
             return False
         if isinstance(n, ast.Await | ast.Yield | ast.YieldFrom | ast.MatchAs):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import judge, kernel, program, seccomp
+from . import judge, kernel, program, seccomp, wire
 from .remote import Link
 
 # What programs import most; forked processes have it in memory.
@@ -31,6 +31,30 @@ decimal difflib enum fnmatch fractions functools hashlib heapq hmac html inspect
 os.path pathlib pickle pprint queue random re secrets shlex statistics string struct sys tempfile textwrap threading time timeit
 traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib bz2 lzma csv _decimal encodings.idna
 """.split()
+# What must be so before anything untrusted is run, asked from inside: harmless where it is not.
+PROBE = """
+import os, socket
+def refused(action, *given):
+    try:
+        result = action(*given)
+    except OSError:
+        return True
+    if action is os.fork and result == 0:
+        os._exit(0)
+    return False
+def facts():
+    checks = {
+        "a file outside": refused(open, "/etc/passwd"), "a file of the kernel": refused(open, "/proc/self/status"),
+        "the root directory": refused(os.mkdir, "/probe"), "a socket": refused(socket.socket),
+        "a process": refused(os.fork), "a program": refused(os.execv, "/bin/true", ["true"]),
+        "a signal": refused(os.kill, 2, 0) and refused(os.kill, -1, 0), "root": os.getuid() != 0 != os.geteuid(),
+        "becoming root": refused(os.setuid, 0), "a directory to be root": refused(os.chroot, "/"),
+        "environment": not os.environ, "descriptors": all(refused(os.fstat, fd) for fd in range(5, 256)),
+    }
+    failed = [name for name, well in checks.items() if not well]
+    print("not refused:", *failed)
+    return failed
+"""
 GRACE = 1.0  # seconds after its time limit at which a judge that has not answered is killed
 JUDGE_MEMORY_MB, TMP_MB, FILE_MB, PROCESSES = 2048, 16, 8, 128
 
@@ -59,7 +83,9 @@ class Zygote:
                 self.layers.append("user namespace")
             self.layers += ["pid namespaces", "mount namespace", "network namespace", "ipc namespace", "uts namespace"]
         except OSError as error:
-            self.missing.append(f"namespaces (as root, or by unprivileged user namespaces): {error}")
+            if kernel.landlock_version() and seccomp.supported():
+                return  # which confine a process that can make no other, to files that it can only read
+            self.missing.append(f"Landlock, or namespaces (as root, or by unprivileged user namespaces): {error}")
 
     def settle(self) -> None:
         """In the first process of the namespaces: the empty file system, and what else the kernel has."""
@@ -82,7 +108,20 @@ class Zygote:
         if self.root:
             self.layers.append("user of its own")
 
-    def start(self, control: socket.socket, job_fd: int, slot: int, limits: dict[str, Any]) -> int:
+    def probe(self) -> None:
+        """Try out whether the layers hold."""
+        ours, theirs = socket.socketpair()
+        job = {"code": PROBE, "tests": "assert facts() == []", "helpers": "", "every": False}
+        with ours, theirs:
+            pid = self.start([ours], theirs.fileno(), 0, {"timeout": 10, "memory_mb": 512})
+            ours.sendall(wire.frame(job | {"timeout": 10, "nonce": ""}))
+            theirs.close()
+            said = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+            os.waitpid(pid, 0)
+        if b'"passed"' not in said:
+            self.missing.append(f"isolation that holds: {said.decode(errors='replace')[-500:]}")
+
+    def start(self, others: list[socket.socket], job_fd: int, slot: int, limits: dict[str, Any]) -> int:
         """Fork a judge for a job; returns its process id."""
         if self.namespace >= 0:
             kernel.unshare(kernel.NEWPID)
@@ -91,11 +130,12 @@ class Zygote:
             if self.namespace >= 0:
                 kernel.return_to(self.namespace)
             return pid
-        _or_die(lambda: self._judge(control, job_fd, slot, limits), job_fd)
+        _or_die(lambda: self._judge(others, job_fd, slot, limits), job_fd)
         raise AssertionError
 
-    def _judge(self, control: socket.socket, job_fd: int, slot: int, limits: dict[str, Any]) -> None:
-        control.close()
+    def _judge(self, others: list[socket.socket], job_fd: int, slot: int, limits: dict[str, Any]) -> None:
+        for other in others:
+            other.close()
         if self.namespace >= 0:
             os.close(self.namespace)
             kernel.unshare(kernel.NEWNS | kernel.NEWIPC | kernel.NEWPID)
@@ -168,6 +208,8 @@ def main(control_fd: int, unsafe: bool) -> None:
 
 def _serve(zygote: Zygote, control: socket.socket, unsafe: bool) -> None:
     zygote.settle()
+    if not zygote.missing:
+        zygote.probe()
     control.send(json.dumps({"layers": zygote.layers, "missing": zygote.missing}).encode())
     if zygote.missing and not unsafe:
         return
@@ -197,7 +239,7 @@ def _serve(zygote: Zygote, control: socket.socket, unsafe: bool) -> None:
                 return
             limits = json.loads(message)
             slot = min(set(range(len(running) + 1)) - {slot for _, slot, _ in running.values()})
-            pid = zygote.start(control, fds[0], slot, limits)
+            pid = zygote.start([control], fds[0], slot, limits)
             os.close(fds[0])
             pidfd = os.pidfd_open(pid)
             running[pidfd] = (pid, slot, time.monotonic() + limits["timeout"] + GRACE)
