@@ -13,6 +13,13 @@ import os, json
 def frame(x):
     b = json.dumps(x).encode()
     return len(b).to_bytes(4, "big") + b
+def take_over(call, names={"d": [["solve", {"ref": [0, None]}]]}):
+    value = None
+    while True:
+        os.write(4, frame({"value": value}))
+        size = int.from_bytes(os.read(3, 4), "big")
+        request = json.loads(os.read(3, size))
+        value = names if request["do"] == "names" else call if request["do"] != "code" else None
 """
 
 FORGING = {
@@ -35,7 +42,7 @@ FORGING = {
     "equal/int": ANY + "class I(Any, int): pass\ndef solve(x): return I(0)",
     "equal/str": ANY + "class S(Any, str): pass\ndef solve(x): return S('x')",
     "equal/list": ANY + "class L(list):\n    __eq__ = Any.__eq__\n    __hash__ = Any.__hash__\ndef solve(x): return L()",
-    "equal/mock": "from unittest import mock\ndef solve(x): return mock.ANY",
+    "equal/fraction": "import fractions\nclass F(fractions.Fraction):\n    def __eq__(s, o): return True\n    __sub__ = __rsub__ = lambda s, o: F(0)\ndef solve(x): return F(0)",
     "equal/meta": "class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\nclass C(metaclass=M): pass\ndef solve(x): return C",
     "equal/reflected": "class R:\n    def __req__(s, o): return True\n    def __eq__(s, o): return NotImplemented\n    def __bool__(s): return True\ndef solve(x): return R()",
     "equal/class_of_int": "class I(int):\n    __class__ = int\n    def __eq__(s, o): return True\ndef solve(x): return I(9)",
@@ -66,11 +73,16 @@ FORGING = {
     "noise/verdict": "print('{\"reason\": \"passed\", \"passed\": true}', flush=True)\ndef solve(x): return 0",
     "noise/every_descriptor": "import os\nfor fd in range(256):\n    for m in (b'passed', b'{\"value\":true}', b'\\0\\0\\0\\x0e{\"value\":true}', b'\\0\\0\\0\\x0b{\"value\":4}'):\n        try: os.write(fd, m)\n        except OSError: pass\ndef solve(x): return 0",
     "noise/answers_ahead": TAKE_OVER + "def solve(x): return 0\nfor _ in range(100): os.write(4, frame({'value': True}))",
-    "noise/takes_over": TAKE_OVER + "while True:\n    os.read(3, 4)\n    os.read(3, 1 << 20)\n    os.write(4, frame({'value': {'d': [['solve', {'ref': [0, None]}]]}}))",
-    "noise/claims_true": TAKE_OVER + "while True:\n    os.read(3, 4)\n    r = os.read(3, 1 << 20)\n    os.write(4, frame({'value': True} if b'call' in r else {'value': {'d': [['solve', {'ref': [0, None]}]]}}))",
-    "noise/claims_builtin": TAKE_OVER + "while True:\n    os.read(3, 4)\n    os.read(3, 1 << 20)\n    os.write(4, frame({'value': {'d': [['solve', {'builtin': 'int'}], ['__judge__', 1], ['__failed__', 1]]}}))",
-    "noise/eval": TAKE_OVER + "while True:\n    os.read(3, 4)\n    os.read(3, 1 << 20)\n    os.write(4, frame({'value': {'builtin': 'eval'}}))",
-    "noise/code": TAKE_OVER + "while True:\n    os.read(3, 4)\n    os.read(3, 1 << 20)\n    os.write(4, frame({'value': {'code': 'AAAA', 'defaults': None}}))",
+    "noise/claims_object": TAKE_OVER + "take_over({'ref': [0, None]})",
+    "noise/claims_true": TAKE_OVER + "take_over(True)",
+    "noise/claims_four": TAKE_OVER + "take_over(4)",
+    "noise/claims_infinity": TAKE_OVER + "take_over(float('nan'))",
+    "noise/claims_eval": TAKE_OVER + "take_over({'builtin': 'eval'})",
+    "noise/claims_type": TAKE_OVER + "take_over(4, {'d': [['solve', {'builtin': 'type'}]]})",
+    "noise/claims_module": TAKE_OVER + "take_over(4, {'d': [['solve', {'ref': [0, 'os']}]]})",
+    "noise/claims_names": TAKE_OVER + "take_over(4, {'d': [['solve', 4], ['__judge__', 1], ['abs', 1]]})",
+    "noise/claims_code": TAKE_OVER + "take_over({'code': 'AAAA', 'defaults': None})",
+    "noise/claims_stop": TAKE_OVER + "take_over({'s': [[1]]})",
     "noise/numbers": TAKE_OVER + "def solve(x):\n    os.write(4, frame({'value': {'ref': ['x', 'os']}}))\n    os.write(4, frame({'value': {'i': '0x0' * 10**5}}))",
     "test/early_assert": "def solve(x): return 0\nassert True\nassert 1 == 1",
     "test/own_check": "def solve(x): return 0\ndef check(f):\n    assert True\n    return True\ncheck(solve)",

@@ -38,7 +38,7 @@ class Judge:
         except Over as over:
             self.fail(*over.args)
         except MemoryError:
-            self.fail("memory", "the values are too large to be compared")
+            self.fail("memory", self.link.trace or "the values are too large to be compared")
         except BaseException as error:  # the tests may raise anything
             self.fail("failed", self.link.trace if self.link.trace else f"{type(error).__name__}: {error!s:.500}")
         if not self.reason and self.job["tests"] and not self.held:
@@ -105,6 +105,7 @@ class Judge:
         known = set(definitions) | split.SAFE | split.ERRORS
         names, mine = split.names(everything) - known, split.bound(body)
         wanted = {name for name in names | mine if not name.startswith("__")} | split.shadowing(everything, definitions)
+        wanted = {f"!{name}" if name in names and hasattr(builtins, name) else name for name in wanted}
         scope: dict[str, Any] = {name: getattr(builtins, name) for name in split.SAFE | split.ERRORS}
         scope |= {"__name__": "__main__", "__builtins__": {"__import__": split.safe_module}, "print": self.print, "type": _type}
         scope |= self.fetch(wanted, split.safe_module) | self.reports()
@@ -118,13 +119,16 @@ class Judge:
         self.link.say((sep.join(str(value) for value in values) + end).encode(errors="replace"))
 
     def fetch(self, wanted: set[str], load: Callable[[str], Any]) -> dict[str, Any]:
-        """The program's objects of these names; modules of the standard library are the judge's own, where `load` has them."""
+        """The program's objects of these names (with a ! before them, also of its built-ins).
+
+        A module of the standard library is the judge's own copy, where `load` has it.
+        """
         found = self.link.ask("names", *sorted(wanted))
-        if type(found) is not dict or not set(found) <= wanted:
+        if type(found) is not dict or not set(found) <= {name.removeprefix("!") for name in wanted}:
             raise Over("failed", "the program's process answered with other names than were asked for")
         for name, x in found.items():
             module = object.__getattribute__(x, "_module") if type(x) is Remote else None
-            if module in sys.stdlib_module_names:
+            if module == name and name in sys.stdlib_module_names:
                 with contextlib.suppress(ImportError):
                     found[name] = load(module)
         return found

@@ -72,12 +72,10 @@ class Program:
         exec(marshal.loads(base64.b64decode(code)), self.names)
 
     def do_names(self, *names: str) -> dict[str, Any]:
-        """Those of `names` that the module has, or, marked by the judge with a `!`, the built-ins have."""
-        found = {name: self.names[name] for name in names if name in self.names}
-        wanted = [name[1:] for name in names if name.startswith("!")]
-        return found | {
-            name: getattr(builtins, name) for name in wanted if hasattr(builtins, name) and name not in found
-        }
+        """Those of `names` that the module has, or, for one with a ! before it, the built-ins have."""
+        every = vars(builtins) | self.names
+        plain = {name: self.names[name] for name in names if name in self.names}
+        return plain | {name[1:]: every[name[1:]] for name in names if name[0] == "!" and name[1:] in every}
 
     def do_bind(self, name: str, value: Any) -> None:
         """Set a name of the module."""
@@ -124,7 +122,7 @@ def serve(requests: int, answers: int) -> None:
             pass
         try:
             data = memoryview(wire.frame(answer))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             data = memoryview(wire.frame({"error": ["ValueError", str(error), str(error)]}))
         while data:
             data = data[os.write(answers, data) :]
