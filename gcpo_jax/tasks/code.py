@@ -153,22 +153,26 @@ def extract(completion: str, prompt: str = "", entry: Sequence[str] = ()) -> str
 def _continued(prompt: str, text: str) -> str:
     """A prompt with the body that continues it, up to where the next thing begins at the margin."""
     lines = text.split("\n")
-    for k, line in enumerate(lines):
-        if k and line[:1] not in ("", " ", "\t", ")", "]", "}", "#"):
-            return prompt + _parsed(prompt, "\n".join(lines[:k]))
+    margins = [k for k, line in enumerate(lines) if k and line[:1] not in ("", " ", "\t", "#")]
+    for k in margins:
+        if _parses(prompt + "\n".join(lines[:k])):
+            return prompt + "\n".join(lines[:k])
     return prompt + _parsed(prompt, text)
 
 
 def _parsed(prompt: str, text: str) -> str:
     """`text` without the lines at its end because of which prompt + text does not parse; all of it where none would."""
     lines = text.split("\n")
-    for k in range(len(lines), max(0, len(lines) - 200), -1):
-        try:
-            ast.parse(prompt + "\n".join(lines[:k]))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        return "\n".join(lines[:k])
-    return text
+    kept = range(len(lines), max(0, len(lines) - 200), -1)
+    return next(("\n".join(lines[:k]) for k in kept if _parses(prompt + "\n".join(lines[:k]))), text)
+
+
+def _parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _defines(text: str, entry: Sequence[str]) -> bool:

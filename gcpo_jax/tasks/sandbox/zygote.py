@@ -207,6 +207,7 @@ def main(control_fd: int, unsafe: bool) -> None:
 
 
 def _serve(zygote: Zygote, control: socket.socket, unsafe: bool) -> None:
+    kernel.adopt()
     zygote.settle()
     if not zygote.missing:
         zygote.probe()
@@ -216,31 +217,32 @@ def _serve(zygote: Zygote, control: socket.socket, unsafe: bool) -> None:
     os.dup2(zygote.null, 2)
     gc.collect()
     gc.freeze()
-    running: dict[int, tuple[int, int, float]] = {}  # by descriptor: process, slot, when it is killed
+    running: dict[int, tuple[int, float]] = {}  # by process descriptor: its slot, when it is killed
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         now = time.monotonic()
-        for pid, _, deadline in running.values():
+        for pidfd, (_, deadline) in running.items():
             if deadline <= now:
-                os.kill(pid, signal.SIGKILL)
-        wait = min((max(0.0, deadline - now) for _, _, deadline in running.values() if deadline > now), default=None)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        wait = min((max(0.0, deadline - now) for _, deadline in running.values() if deadline > now), default=None)
         for fd, _ in poll.poll(None if wait is None else wait * 1000 + 1):
             if fd in running:
-                pid, _, _ = running.pop(fd)
+                del running[fd]
                 poll.unregister(fd)
                 os.close(fd)
-                os.waitpid(pid, 0)
+                with contextlib.suppress(ChildProcessError):
+                    while os.waitpid(-1, os.WNOHANG)[0]:  # the judge, and without namespaces the program
+                        pass
                 continue
             message, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
             if not message:
-                for pid, _, _ in running.values():
-                    os.kill(pid, signal.SIGKILL)
+                for pidfd in running:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 return
             limits = json.loads(message)
-            slot = min(set(range(len(running) + 1)) - {slot for _, slot, _ in running.values()})
-            pid = zygote.start([control], fds[0], slot, limits)
+            slot = min(set(range(len(running) + 1)) - {slot for slot, _ in running.values()})
+            pidfd = os.pidfd_open(zygote.start([control], fds[0], slot, limits))
             os.close(fds[0])
-            pidfd = os.pidfd_open(pid)
-            running[pidfd] = (pid, slot, time.monotonic() + limits["timeout"] + GRACE)
+            running[pidfd] = (slot, time.monotonic() + limits["timeout"] + GRACE)
             poll.register(pidfd, select.POLLIN)
