@@ -12,9 +12,11 @@ DATA = pathlib.Path(os.environ.get("GCPO_DATA", pathlib.Path(__file__).parents[2
 
 HUMANEVAL = {
     "id": "HumanEval/x",
-    "prompt": 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef twice(x: int) -> int:\n    """Twice x.\n    >>> twice(1)\n    2\n    """\n',
+    "prompt": "import math\n\n\ndef half(x):\n    return x / 2\n\n\n"
+    'def twice(x: int) -> int:\n    """Twice x.\n    >>> twice(1)\n    2\n    """\n',
     "entry_point": "twice",
-    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert half(candidate(4)) == 4\n    assert candidate(-3) == -6\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert half(candidate(4)) == 4\n"
+    "    assert candidate(-3) == -6\n",
 }
 MBPP = {"id": "mbpp/x", "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "test_setup_code": ""}
 
@@ -33,7 +35,8 @@ def needs_a_sandbox():
         "    y = (x +\nx)\n    return y\n\n# Next\nprint(twice(3))\nassert False\n",
         "def twice(x):\n    return 2 * x\n",
         "```python\ndef twice(x):\n    return 2 * x\n```",
-        "Sure! First a draft:\n```py\ndef twice(x):\n    return 0\n```\nBetter:\n```python\ndef twice(x):\n    return 2 * x\n```\nIt is used so:\n```python\nprint(twice(2))\n```\n",
+        "Sure! First a draft:\n```py\ndef twice(x):\n    return 0\n```\nBetter:\n```python\ndef twice(x):\n"
+        "    return 2 * x\n```\nIt is used so:\n```python\nprint(twice(2))\n```\n",
         "<think>```python\ndef twice(x): return 1\n```</think>\n```python\n    return math.floor(2 * half(2 * x))\n```",
         "```\ndef twice(x):\n    return 2 * x",
         "Here is the function.\n\ndef twice(x):\n    return 2 * x\n\nI hope that this helps!\n",
@@ -43,7 +46,9 @@ def test_a_right_completion_in_any_dress_gets_the_reward(completion):
     assert code.reward("", completion, HUMANEVAL) == 1.0
 
 
-@pytest.mark.parametrize("completion", ["", "    return x\n", "no idea", "```python\n```", "    return 2 * x if x > 0 else 0\n", "\0"])
+@pytest.mark.parametrize(
+    "completion", ["", "    return x\n", "no idea", "```python\n```", "    return 2 * x if x > 0 else 0\n", "\0"]
+)
 def test_a_wrong_completion_gets_none(completion):
     assert code.reward("", completion, HUMANEVAL) == 0.0
 
@@ -58,7 +63,9 @@ def test_the_fraction_is_the_share_of_asserts_that_hold():
     assert code.fraction("", "    return abs(2 * x)\n", HUMANEVAL) == pytest.approx(2 / 3)
     assert code.fraction("", "def add(a, b):\n    return a - b", MBPP) == 0.5
     assert code.fraction("", "def add(a, b):\n    return a + b", MBPP) == 1.0
-    assert code.fraction("", "def add(a, b):\n    while a: pass\n    return b", MBPP | {"test_list": MBPP["test_list"][::-1]}) == 0.5
+    hangs = "def add(a, b):\n    while a: pass\n    return b"
+    turned = MBPP | {"test_list": MBPP["test_list"][::-1]}
+    assert code.rewards([""], [hangs], [turned], every=True, timeout_s=1) == [0.5]
     assert code.reward("", "def add(a, b):\n    return a - b", MBPP) == 0.0
 
 
@@ -73,7 +80,9 @@ def test_a_row_in_neither_format_is_named():
 
 
 def test_answers_are_alike_where_only_layout_and_comments_differ():
-    assert code.answer("```python\ndef f( x ):\n    # why\n    return  x\n```") == code.answer("def f(x):\n    return x")
+    assert code.answer("```python\ndef f( x ):\n    # why\n    return  x\n```") == code.answer(
+        "def f(x):\n    return x"
+    )
     assert code.answer("```python\ndef f(:\n```") is None
 
 
@@ -107,7 +116,7 @@ def test_all_references_of_mbpp_pass():
     assert [row["id"] for row, v in zip(problems, verdicts, strict=True) if not v.passed] == []
 
 
-# Changes that the tests of the data set cannot tell from the original, by problem: the operators' numbers, as in mutants.py.
+# Changes that the data set's tests cannot tell from the original, by problem: the operators' numbers, as in mutants.py.
 # Checked: run without a sandbox these pass as well.
 SURVIVING = {
     10: [0],

@@ -1,8 +1,9 @@
 """Programming problems in the format of HumanEval or MBPP: completions to programs, programs to verdicts and rewards.
 
-A row of HumanEval has "prompt" (a function up to its docstring), "entry_point" and "test" (which defines `check(candidate)`); one
-of MBPP has "test_list" (assert statements) and perhaps "test_setup_code". Programs run in `sandbox`, whose docstring says what
-that protects from; nothing is run where the system cannot protect, unless `unsafe`.
+A row of HumanEval has "prompt" (a function up to its docstring), "entry_point" and "test" (which defines
+`check(candidate)`); one of MBPP has "test_list" (assert statements) and perhaps "test_setup_code". Programs run in
+`sandbox`, whose docstring says what that protects from; nothing is run where the system cannot protect, unless
+`unsafe`.
 """
 
 import ast
@@ -45,7 +46,9 @@ def available() -> list[str]:
     return []
 
 
-def run(program: str | Program, timeout_s: float = TIMEOUT_S, memory_mb: int = 512, unsafe: bool = False) -> Verdict:
+def run(
+    program: str | Program, timeout_s: float | int = TIMEOUT_S, memory_mb: int = 512, unsafe: bool = False
+) -> Verdict:
     """The verdict on one program: source text that contains its tests, or a Program with its tests apart (safer).
 
     Args:
@@ -61,12 +64,12 @@ def run(program: str | Program, timeout_s: float = TIMEOUT_S, memory_mb: int = 5
 
 def run_all(
     programs: Sequence[str | Program],
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | int = TIMEOUT_S,
     memory_mb: int = 512,
     workers: int | None = None,
     unsafe: bool = False,
 ) -> list[Verdict]:
-    """The verdicts on many programs, in order, `workers` at a time (None: as many as processors). Otherwise as `run`."""
+    """The verdicts on many programs, in order, `workers` at a time (None: one for each processor); else as `run`."""
     if timeout_s <= 0:
         raise ValueError(f"timeout_s={timeout_s}: must be above 0")
     if memory_mb < 64:
@@ -90,7 +93,7 @@ def rewards(
     completions: Sequence[str],
     rows: Sequence[dict[str, Any]],
     every: bool = False,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | int = TIMEOUT_S,
     unsafe: bool = False,
 ) -> list[float]:
     """`reward` (or with `every`, `fraction`) of many completions, judged in parallel.
@@ -114,9 +117,9 @@ def program(completion: str, row: dict[str, Any], every: bool = False) -> Progra
         tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
         return Program(extract(completion, "", _called(row["test_list"])), tests, every=every)
     if not {"prompt", "entry_point", "test"} <= set(row):
-        given = ", ".join(sorted(row))
         raise ValueError(
-            f"row {row.get('id')!r} has neither test_list (MBPP) nor prompt, entry_point and test (HumanEval), only {given}"
+            f"row {row.get('id')!r} has neither test_list (MBPP) nor prompt, entry_point and test (HumanEval), only "
+            f"{', '.join(sorted(row))}"
         )
     entry = row["entry_point"]
     tests = f"{row['test']}\n\ncheck({entry})\n"
@@ -132,11 +135,10 @@ def answer(completion: str) -> str | None:
 
 
 def extract(completion: str, prompt: str = "", entry: Sequence[str] = ()) -> str:
-    """The program in a completion: its fenced code, or else its text, continuing `prompt` where it is no whole function.
+    """The program in a completion: its fenced code, or else its text, continuing `prompt` where it is no whole program.
 
-    Of several fenced blocks the last that defines a name of `entry` is taken, together with the blocks before it that it
-    may need where it does not stand alone; without such a block the last. Text that follows the code (of a base model that
-    goes on writing) is cut off.
+    Of several fenced blocks the last that defines a name of `entry` is taken, else the last. Text that follows the code
+    (of a base model that goes on writing) is cut off.
     """
     text = completion.rpartition("</think>")[2]
     blocks = [body for _, language, body in FENCE.findall(text) if language.lower() in LANGUAGES]

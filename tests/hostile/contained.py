@@ -15,6 +15,7 @@ import os
 import pathlib
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -22,7 +23,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import forgeries
 import programs
 
-CHECK = "\ndef check(candidate):\n    assert candidate(2) == 4\n    assert abs(candidate(5) - 10) < 1e-6\n\ncheck(solve)\n"
+CHECK = (
+    "\ndef check(candidate):\n    assert candidate(2) == 4\n    assert abs(candidate(5) - 10) < 1e-6\n\ncheck(solve)\n"
+)
 FORGO_NAMESPACES = """
 from sandbox import kernel
 def refuse(*_):
@@ -35,7 +38,9 @@ TIMEOUT_S, WATCHDOG_S = 1.0, 240
 def load(directory: str):
     """The package of the sandbox, without the library around it."""
     path = pathlib.Path(directory)
-    spec = importlib.util.spec_from_file_location("confined", path / "__init__.py", submodule_search_locations=[directory])
+    spec = importlib.util.spec_from_file_location(
+        "confined", path / "__init__.py", submodule_search_locations=[directory]
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["confined"] = module
@@ -74,6 +79,15 @@ def wall(kernel) -> None:
         raise SystemExit("the wall does not hold: other processes can be seen")
 
 
+def usable_python() -> str:
+    """This interpreter, or the system's where the present user may not run this one."""
+    for path in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            if subprocess.run([path, "-I", "-S", "-c", "pass"], capture_output=True, env={}).returncode == 0:
+                return path
+    return sys.executable
+
+
 def state() -> dict:
     """What a program could leave behind."""
     with open("/proc/self/mountinfo") as mounts, open("/proc/sysvipc/shm") as shared:
@@ -107,12 +121,15 @@ def main() -> None:
     start = confined.START
     if "landlock" in options:
         start = start.replace("; ", "\n").replace("zygote.main", FORGO_NAMESPACES + "zygote.main")
-    box = confined.Sandbox(start=start)
+    box = confined.Sandbox(python=usable_python(), start=start)
 
     def prepared(text: str) -> str:
         return text.replace("@CANARY@", str(canary)).replace("@HERE@", os.path.dirname(os.path.abspath(__file__)))
 
-    whole = {f"harm/{name}": confined.Program(programs.WRONG + prepared(code) + programs.TESTS) for name, code in programs.HARMING.items()}
+    whole = {
+        f"harm/{name}": confined.Program(programs.WRONG + prepared(code) + programs.TESTS)
+        for name, code in programs.HARMING.items()
+    }
     for name, code in forgeries.FORGING.items():
         whole[f"together/{name}"] = confined.Program(code + programs.TESTS)
         whole[f"check/{name}"] = confined.Program(code + CHECK)

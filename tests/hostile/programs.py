@@ -64,7 +64,8 @@ HARMING = {
     # signals
     "signal/everyone": ALONE + "harm(os.kill, -1, 9)",
     "signal/parent": ALONE + "harm(os.kill, os.getppid(), 9)",
-    "signal/others": ALONE + "for pid in range(2, 2000):\n    try:\n        os.kill(pid, 9); print('HARM')\n    except OSError: pass",
+    "signal/others": ALONE
+    + "for pid in range(2, 2000):\n    try:\n        os.kill(pid, 9); print('HARM')\n    except OSError: pass",
     "signal/init": ALONE + "import signal\nos.kill(1, signal.SIGKILL)\nwhile True: pass",
     "signal/group": ALONE + "harm(os.killpg, 0, 9)",
     "signal/self": "import os, signal\nsignal.raise_signal(signal.SIGSEGV)",

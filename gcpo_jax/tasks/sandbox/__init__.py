@@ -1,27 +1,29 @@
 """Untrusted Python programs, run so that they can neither harm nor pass by anything but right results.
 
-A program runs in a process that has no privileges and whose world is made empty by every means that the kernel gives: see
-`layers`. Linux only. Root (also in a container that keeps CAP_SYS_ADMIN) or an ordinary user who may make user namespaces
-has them all; without namespaces Landlock and the system call filter do the same work, and programs cannot write files.
-Where neither is to be had nothing is run, unless the caller says `unsafe`.
+A program runs in a process that has no privileges and whose world is made empty by every means that the kernel gives:
+see `layers`. Linux only. Root (also in a container that keeps CAP_SYS_ADMIN) or an ordinary user who may make user
+namespaces has them all; without namespaces Landlock and the system call filter do the same work, and programs cannot
+write files. Where neither is to be had nothing is run, unless the caller says `unsafe`.
 
-**The threat model.** The program may do anything that Python, ctypes or machine code can do in its process. It is given a limit
-of time, memory, output and files, no network, no other process, no /proc, no environment, no file but Python's standard library
-and an empty /tmp. What it is tested by never enters its process: a judge in a process apart runs the tests, asks for each call's
-result, and gets copies of plain data (`wire.py`). So the results have to be right; how asserts, built-ins, `==`, frames,
-exit hooks, threads or signals are bent in the program's process does not matter, and the only way to the verdict (with a nonce, and a
-count of the tests that were run) is a descriptor that no process of the program has ever held.
+**The threat model.** The program may do anything that Python, ctypes or machine code can do in its process. It is given
+a limit of time, memory, output and files, no network, no other process, no /proc, no environment, no file but Python's
+standard library and an empty /tmp. What it is tested by never enters its process: a judge in a process apart runs the
+tests, asks for each call's result, and gets copies of plain data (`wire.py`). So the results have to be right; how
+asserts, built-ins, `==`, frames, exit hooks, threads or signals are bent in the program's process does not matter, and
+the only way to the verdict (with a nonce, and a count of the tests that were run) is a descriptor that no process of
+the program has ever held.
 
 **What remains.**
-- A program may know the answers by heart, or from the arguments of a call; tests that do not look at results (`assert f(x)`,
-  `assert f(x) != 3`, an exception that is expected and nothing else) accept whatever answers them.
-- Tests that compare two objects of the program's own classes, or that call functions of its text (a `run(program)` that contains
-  `assert check_inverse(f)`), take the program's word. With `tests` given apart, trusted helpers of the tests are the judge's own.
-- A program whose tests are not asserts at its top level, or in `check` or `test...` functions of simple Python (see `split.py`),
-  is judged by its running to its end without an exception, which code in the same interpreter can pretend.
+- A program may know the answers by heart, or from the arguments of a call; tests that do not look at results (`assert
+  f(x)`, `assert f(x) != 3`, an exception that is expected and nothing else) accept whatever answers them.
+- Tests that compare two objects of the program's own classes, or that call functions of its text (a `run(program)` that
+  contains `assert check_inverse(f)`), take the program's word. With `tests` given apart, trusted helpers of the tests
+  are the judge's own.
+- A program whose tests are not asserts at its top level, or in `check` or `test...` functions of simple Python (see
+  `split.py`), is judged by its running to its end without an exception, which code in the same interpreter can pretend.
 - In a program that contains its tests, the line between the two is drawn by their form, not by their author.
-- The kernel itself: a hole in it that the allowed system calls reach is a hole in the sandbox. Load on a shared processor can be
-  observed, and time limits are those of the wall clock.
+- The kernel itself: a hole in it that the allowed system calls reach is a hole in the sandbox. Load on a shared
+  processor can be observed, and time limits are those of the wall clock.
 """
 
 import atexit
@@ -55,8 +57,8 @@ class SandboxUnavailable(RuntimeError):
 
     def __init__(self, missing: list[str]) -> None:
         super().__init__(
-            f"untrusted programs cannot be confined here; missing: {'; '.join(missing)}. They are run with less isolation "
-            "only where unsafe=True says so"
+            f"untrusted programs cannot be confined here; missing: {'; '.join(missing)}. They are run with "
+            "less isolation only where unsafe=True says so"
         )
         self.missing = missing
 
@@ -84,8 +86,8 @@ class Verdict:
 
     Attributes:
       passed: ran to its end, and every test held.
-      reason: "passed", "failed" (a test or an exception), "timeout", "memory", "output" (too much of it), "exit" (ended itself
-        before its tests), "crash" (died of a signal), "killed" (three times, from outside).
+      reason: "passed", "failed" (a test or an exception), "timeout", "memory", "output" (too much of it), "exit" (ended
+        itself before its tests), "crash" (died of a signal), "killed" (three times, from outside).
       seconds: wall time.
       output: the end of what was printed and of the error.
       tests_passed, tests: asserts that held, and all (constant ones are not counted; one in a loop counts once).
@@ -124,26 +126,20 @@ class Sandbox:
             mode = "unsafe" if self.unsafe else "safe"
             with theirs:
                 # Never forked from this process: it may hold a runtime with threads and locks.
-                self.process = subprocess.Popen(
-                    [
-                        self.python,
-                        "-I",
-                        "-S",
-                        "-X",
-                        "utf8",
-                        "-c",
-                        self.start_code,
-                        DIRECTORY,
-                        str(theirs.fileno()),
-                        mode,
-                    ],
-                    pass_fds=[theirs.fileno()],
-                    env={},
-                    cwd="/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                )
+                command = [self.python, "-I", "-S", "-X", "utf8", "-c", self.start_code, DIRECTORY]
+                try:
+                    self.process = subprocess.Popen(
+                        [*command, str(theirs.fileno()), mode],
+                        pass_fds=[theirs.fileno()],
+                        env={},
+                        cwd="/",
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                    )
+                except OSError as error:
+                    ours.close()
+                    raise SandboxUnavailable([f"a Python process of its own ({self.python}): {error}"]) from error
             ours.settimeout(60)
             hello = ours.recv(1 << 16)
             if not hello:
@@ -176,7 +172,7 @@ class Sandbox:
             self._stop()
 
     def judge(
-        self, programs: Sequence[Program], timeout_s: float, memory_mb: int = 512, workers: int | None = None
+        self, programs: Sequence[Program], timeout_s: float | int, memory_mb: int = 512, workers: int | None = None
     ) -> list[Verdict]:
         """The verdicts of programs in order, `workers` at a time (as many as there are processors).
 
@@ -207,7 +203,9 @@ class Sandbox:
                     self.close()  # ends all trials, which are then repeated
         return [verdicts[k] for k in range(len(programs))]
 
-    def _begin(self, k: int, attempt: int, program: Program, timeout_s: float, memory_mb: int) -> "_Trial | Verdict":
+    def _begin(
+        self, k: int, attempt: int, program: Program, timeout_s: float | int, memory_mb: int
+    ) -> "_Trial | Verdict":
         nonce = secrets.token_hex(16)
         try:
             job = wire.frame(dataclasses.asdict(program) | {"timeout": timeout_s, "nonce": nonce})
@@ -241,7 +239,9 @@ class Sandbox:
 class _Trial:
     """A program under way: its socket, and what has come back on it."""
 
-    def __init__(self, k: int, attempt: int, way: socket.socket, nonce: str, timeout_s: float, job: bytes) -> None:
+    def __init__(
+        self, k: int, attempt: int, way: socket.socket, nonce: str, timeout_s: float | int, job: bytes
+    ) -> None:
         self.k, self.attempt, self.way, self.nonce, self.timeout_s = k, attempt, way, nonce, timeout_s
         self.began = time.monotonic()
         self.late = self.began + timeout_s + PATIENCE

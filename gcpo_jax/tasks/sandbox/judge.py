@@ -1,6 +1,6 @@
 """The process that judges one program: it holds the tests and the way to the verdict, and runs nothing but tests.
 
-It meets the program only through `remote.Link`, so that the program sees the arguments of a call and never what is expected.
+It meets the program only through `remote.Link`: the program sees the arguments of a call and never what is expected.
 """
 
 import ast
@@ -107,7 +107,12 @@ class Judge:
         wanted = {name for name in names | mine if not name.startswith("__")} | split.shadowing(everything, definitions)
         wanted = {f"!{name}" if name in names and hasattr(builtins, name) else name for name in wanted}
         scope: dict[str, Any] = {name: getattr(builtins, name) for name in split.SAFE | split.ERRORS}
-        scope |= {"__name__": "__main__", "__builtins__": {"__import__": split.safe_module}, "print": self.print, "type": _type}
+        scope |= {
+            "__name__": "__main__",
+            "__builtins__": {"__import__": split.safe_module},
+            "print": self.print,
+            "type": _type,
+        }
         scope |= self.fetch(wanted, split.safe_module) | self.reports()
         exec(compile(ast.Module(everything, []), "<tests>", "exec", dont_inherit=True), scope)
         for name in mine & set(scope):
@@ -130,7 +135,7 @@ class Judge:
             module = object.__getattribute__(x, "_module") if type(x) is Remote else None
             if module == name and name in sys.stdlib_module_names:
                 with contextlib.suppress(ImportError):
-                    found[name] = load(module)
+                    found[name] = load(name)
         return found
 
     def counted(self, tree: ast.Module, first: int = 0) -> int:

@@ -32,7 +32,7 @@ SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT 
 SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(os.uname().machine, (-1, -1))
 FIRST_UID = 64000  # below 65536, which is all that many containers map; one for each program that runs
 
-# Landlock's rights by the version that brought them: reading a file or directory, then everything that changes something.
+# Landlock's rights: reading a file or directory, and all that each of its versions knows.
 LANDLOCK_READ = 1 << 2 | 1 << 3
 LANDLOCK_ALL = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 
@@ -40,7 +40,7 @@ libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: object) -> int:
-    """A function of the C library by name (or a system call by number, as "syscall"), raising OSError where it fails."""
+    """A function of the C library by name ("syscall": a system call by number); raises OSError where it fails."""
     converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     result = getattr(libc, name)(*converted)
     if result < 0:
@@ -116,7 +116,7 @@ def landlock_version() -> int:
 
 
 def landlock(readable: list[str], writable: list[str]) -> None:
-    """Allow reading below `readable`, everything but devices and sockets below `writable`, no TCP, no signals outside."""
+    """Allow reading below `readable`, all but devices and sockets below `writable`, no TCP, no signals outside."""
     version = landlock_version()
     every = LANDLOCK_ALL[min(version, 5)]
     made = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # execute; char and block devices, sockets, pipes by name
@@ -147,7 +147,7 @@ def drop_privileges(uid: int | None) -> None:
     call("syscall", SYS_CAPSET, header, ctypes.create_string_buffer(bytes(24)))
 
 
-def limit(seconds: float, memory_mb: int, file_mb: int, processes: int | None) -> None:
+def limit(seconds: float | int, memory_mb: int, file_mb: int, processes: int | None) -> None:
     """Resource limits of this process, soft and hard alike."""
     cpu = math.ceil(seconds) + 1
     limits = {

@@ -1,7 +1,7 @@
 """The process in which the program runs: a loop that does what the judge asks and sends back plain data.
 
-Everything here lies in the hands of the program, which may replace all of it. Nothing depends on that: this process holds no
-test, no expected value and no way to the verdict, only a pipe on which it is asked for values.
+Everything here lies in the hands of the program, which may replace all of it. Nothing depends on that: this process
+holds no test, no expected value and no way to the verdict, only a pipe on which it is asked for values.
 """
 
 import base64
@@ -30,8 +30,8 @@ class Program:
         self.numbers: dict[int, int] = {}
 
     def refer(self, x: Any) -> dict[str, Any]:
-        """How `x`, which cannot be copied, is named to the judge; the object is kept, so that its number stays its own."""
-        if isinstance(x, type | types.BuiltinFunctionType) and getattr(builtins, x.__name__, None) is x:
+        """How `x`, which cannot be copied, is named to the judge; it is kept, so that its number stays its own."""
+        if isinstance(x, type) and getattr(builtins, x.__name__, None) is x:
             return {"builtin": x.__name__}
         if id(x) not in self.numbers:
             self.numbers[id(x)] = len(self.objects)
@@ -118,7 +118,7 @@ def serve(requests: int, answers: int) -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except BaseException:  # noqa: S110  closed or replaced by the program: its output is its own affair
+        except BaseException:  # closed or replaced by the program: its output is its own affair
             pass
         try:
             data = memoryview(wire.frame(answer))

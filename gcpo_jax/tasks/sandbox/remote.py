@@ -145,8 +145,8 @@ def refer(x: Any) -> Any:
 class Remote:
     """An object of the program that is not plain data.
 
-    It equals no plain data, is less or more than nothing, and cannot be reckoned with: whatever its methods claim becomes
-    something that a test can accept only as plain data, which the program had to get right.
+    It equals no plain data, is less or more than nothing, and cannot be reckoned with: whatever its methods claim
+    becomes something that a test can accept only as plain data, which the program had to get right.
     """
 
     __slots__ = ("_link", "_module", "_number")
@@ -165,6 +165,7 @@ class Remote:
         self._link.ask("set", self, name, value)
 
     def __call__(self, *given: Any, **keywords: Any) -> Any:
+        """Call it over there."""
         return self._link.ask("call", self, *given, **keywords)
 
     def __eq__(self, other: object) -> bool:

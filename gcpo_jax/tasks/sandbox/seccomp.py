@@ -1,7 +1,8 @@
 """The system calls that a computing process may make: memory, files (whose reach others limit), clocks, threads.
 
-Everything else fails with EPERM: new processes and programs, sockets, signals to others, tracing, mounts, namespaces, keys,
-io_uring, bpf, shared memory. A classic BPF program, from two columns of numbers: x86_64 and aarch64 (- where it has none).
+Everything else fails with EPERM: new processes and programs, sockets, signals to others, tracing, mounts, namespaces,
+keys, io_uring, bpf, shared memory. A classic BPF program, from two columns of numbers: x86_64 and aarch64 (- where it
+has none).
 """
 
 import ctypes

@@ -1,9 +1,10 @@
 """Which statements of a program are its tests, and tests made countable.
 
-A program whose tests are not named apart is cut at its top level: statements that assert something go to the judge, all others
-to the process of the program. As the program's author may have written "tests" too, the judge runs such a statement only where
-it keeps to a part of Python from which no object but plain data, functions of the statement itself and remote ones can be
-reached; a test outside of that part stays with the program, whose word must then be taken for it.
+A program whose tests are not named apart is cut at its top level: statements that assert something go to the judge, all
+others to the process of the program. As the program's author may have written "tests" too, the judge runs such a
+statement only where it keeps to a part of Python from which no object but plain data, functions of the statement itself
+and remote ones can be reached; a test outside of that part stays with the program, whose word must then be taken for
+it.
 """
 
 import ast
@@ -14,11 +15,12 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-SAFE = frozenset(
-    "abs all any bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format frozenset hash hex int "
-    "isinstance issubclass iter len list map max min next oct ord pow print range repr reversed round set slice sorted str "
-    "sum tuple type zip".split()
-)
+SAFE_TEXT = """
+abs all any bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format frozenset hash hex
+int isinstance issubclass iter len list map max min next oct ord pow print range repr reversed round set slice sorted
+str sum tuple type zip
+"""
+SAFE = frozenset(SAFE_TEXT.split())
 ERRORS = frozenset(name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, Exception))
 # What of a module the tests of a program that is not trusted may use (None: all that is public).
 SAFE_MODULES: dict[str, list[str] | None] = {
@@ -26,7 +28,15 @@ SAFE_MODULES: dict[str, list[str] | None] = {
     "cmath": None,
     "copy": ["copy", "deepcopy"],
     "random": ["Random", "choice", "choices", "randint", "random", "randrange", "sample", "seed", "shuffle", "uniform"],
-    "string": ["ascii_letters", "ascii_lowercase", "ascii_uppercase", "digits", "hexdigits", "punctuation", "whitespace"],
+    "string": [
+        "ascii_letters",
+        "ascii_lowercase",
+        "ascii_uppercase",
+        "digits",
+        "hexdigits",
+        "punctuation",
+        "whitespace",
+    ],
 }
 STATEMENTS = (
     ast.Assert,
@@ -41,13 +51,13 @@ STATEMENTS = (
     ast.Break,
 )
 STATEMENTS += (ast.Continue, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete, ast.Raise)
-# Attributes that lead from data to the interpreter: frames and code of generators, text templates that follow attributes.
+# Attributes that lead from data to the interpreter: frames and code of generators, templates that follow attributes.
 FORBIDDEN_ATTRIBUTES = ("_", "gi_", "cr_", "ag_", "f_", "tb_", "co_", "format", "mro", "with_traceback")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive statements: `test` says who runs them; `definition`: the judge keeps it, the program has it as well."""
+    """Consecutive statements. `test`: the judge runs them; `definition`: a function for it and the program."""
 
     body: list[ast.stmt]
     test: bool = False
@@ -149,8 +159,8 @@ def _attributes(node: ast.AST) -> bool:
 def parts(tree: ast.Module) -> list[Part]:
     """A program's statements in order, each for the process that runs it.
 
-    A test is a statement with an assert in it (also inside a loop, condition or try), or one that calls a function which is
-    named `check` or `test...` and asserts.
+    A test is a statement with an assert in it (also inside a loop, condition or try), or one that calls a function
+    which is named `check` or `test...` and asserts.
     """
     found: list[Part] = []
     tests: set[str] = set()
@@ -184,14 +194,14 @@ class Counted(ast.NodeTransformer):
         self.total = first
         self.within = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.Try:  # noqa: N802  ast's name
+    def visit_Try(self, node: ast.Try) -> ast.Try:
         """Asserts within are native."""
         self.within += 1
         self.generic_visit(node)
         self.within -= 1
         return node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.Assert | list[ast.stmt]:  # noqa: N802  ast's name
+    def visit_Assert(self, node: ast.Assert) -> ast.Assert | list[ast.stmt]:
         """Replaced by reports."""
         if isinstance(node.test, ast.Constant):
             return node

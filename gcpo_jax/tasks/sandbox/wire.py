@@ -1,7 +1,7 @@
 """Values between the process that judges and the process that runs the program: plain data, copied; all else by number.
 
-What arrives is rebuilt from JSON into exact built-in types, so no method of the program's own ever runs in the judge: an
-`int` whose `__eq__` says yes to everything arrives as an int, and an object that cannot be copied as a `Remote`.
+What arrives is rebuilt from JSON into exact built-in types, so no method of the program's own ever runs in the judge:
+an `int` whose `__eq__` says yes to everything arrives as an int, and an object that cannot be copied as a `Remote`.
 """
 
 import base64
@@ -150,6 +150,6 @@ def ship(x: Any) -> Any:
         return {"builtin": name}
     if isinstance(x, types.BuiltinFunctionType) and x.__module__ in SHIPPED_MODULES:
         return {"member": [x.__module__, name]}
-    if isinstance(x, types.FunctionType) and x.__closure__ is None:
-        return {"code": base64.b64encode(marshal.dumps(x.__code__)).decode(), "defaults": None}
+    if isinstance(x, types.FunctionType) and not (x.__closure__ or x.__defaults__ or x.__kwdefaults__):
+        return {"code": base64.b64encode(marshal.dumps(x.__code__)).decode()}
     raise TypeError(f"a {type(x).__name__} of the tests cannot be given to the program")

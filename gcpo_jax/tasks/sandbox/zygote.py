@@ -4,8 +4,9 @@
                  └─ judge (init of its own, holds the tests and the way to the caller)
                       └─ program (init of its own, holds one pipe to the judge)
 
-The end of each ends all below it: the kernel kills a namespace with its init. The program's process is forked before its judge
-reads the job, so that no test or expected value is in its memory. Started by `python -I -S` with an empty environment.
+The end of each ends all below it: the kernel kills a namespace with its init. The program's process is forked before
+its judge reads the job, so that no test or expected value is in its memory. Started by `python -I -S` with an empty
+environment.
 """
 
 import contextlib
@@ -26,11 +27,12 @@ from .remote import Link
 
 # What programs import most; forked processes have it in memory.
 PRELOADED = """
-abc array ast base64 binascii bisect calendar cmath collections collections.abc colorsys contextlib copy dataclasses datetime
-decimal difflib enum fnmatch fractions functools hashlib heapq hmac html inspect io itertools json math numbers operator os
-os.path pathlib pickle pprint queue random re secrets shlex statistics string struct sys tempfile textwrap threading time timeit
-traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib bz2 lzma csv _decimal encodings.idna
-""".split()
+abc array ast base64 binascii bisect calendar cmath collections collections.abc colorsys contextlib copy csv dataclasses
+datetime decimal difflib encodings.idna enum fnmatch fractions functools hashlib heapq hmac html inspect io itertools
+json math numbers operator os os.path pathlib pickle pprint queue random re secrets shlex statistics string struct sys
+tempfile textwrap threading time timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref
+bz2 lzma zlib
+"""
 # What must be so before anything untrusted is run, asked from inside: harmless where it is not.
 PROBE = """
 import os, socket
@@ -60,7 +62,7 @@ JUDGE_MEMORY_MB, TMP_MB, FILE_MB, PROCESSES = 2048, 16, 8, 128
 
 
 class Zygote:
-    """The layers of isolation that this system has, set up one after the other; `missing` says which are not to be had."""
+    """The layers of isolation that this system has, set up in order; `missing` says which are not to be had."""
 
     def __init__(self) -> None:
         self.layers: list[str] = []
@@ -71,7 +73,7 @@ class Zygote:
         self.namespace = -1
 
     def leave(self) -> None:
-        """Namespaces for this process and, of process ids, for its children: for root directly, else by a user namespace."""
+        """New namespaces (of process ids, for the children): for root directly, else by a user namespace."""
         every = kernel.NEWNS | kernel.NEWPID | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS
         try:
             try:
@@ -116,7 +118,9 @@ class Zygote:
             pid = self.start([ours], theirs.fileno(), 0, {"timeout": 10, "memory_mb": 512})
             ours.sendall(wire.frame(job | {"timeout": 10, "nonce": ""}))
             theirs.close()
-            said = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+            said = b""
+            with contextlib.suppress(ConnectionResetError):  # of a judge that has died before it read its job
+                said = ours.recv(1 << 16)
             os.waitpid(pid, 0)
         if b'"passed"' not in said:
             self.missing.append(f"isolation that holds: {said.decode(errors='replace')[-500:]}")
@@ -159,9 +163,8 @@ class Zygote:
         os.dup2(high[0], 3)
         os.dup2(high[1], 4)
         os.closerange(5, 1024)
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w"))
-        )
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
         for number in range(1, signal.NSIG):
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(number, signal.SIG_DFL)
@@ -191,7 +194,7 @@ def main(control_fd: int, unsafe: bool) -> None:
     os.umask(0o022)
     os.environ.clear()
     control = socket.socket(fileno=control_fd)
-    for name in PRELOADED:
+    for name in PRELOADED.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     os.setsid()
