@@ -115,12 +115,12 @@ def landlock_version() -> int:
     return max(0, libc.syscall(SYS_LANDLOCK_CREATE, None, ctypes.c_long(0), 1))
 
 
-def landlock(readable: list[str], writable: list[str]) -> None:
-    """Allow reading below `readable`, all but devices and sockets below `writable`, no TCP, no signals outside."""
+def landlock(readable: list[str], writable: list[str], signals: bool) -> None:
+    """Allow reading below `readable`, all but devices and sockets below `writable`, no TCP; `signals`: any, or none outside."""
     version = landlock_version()
     every = LANDLOCK_ALL[min(version, 5)]
     made = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # execute; char and block devices, sockets, pipes by name
-    attributes = struct.pack("QQQ", every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    attributes = struct.pack("QQQ", every, 3 if version >= 4 else 0, (1 if signals else 3) if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = call("syscall", SYS_LANDLOCK_CREATE, ctypes.create_string_buffer(attributes), size, 0)
     for paths, rights in ((readable, LANDLOCK_READ), (writable, every & ~made)):
@@ -179,14 +179,20 @@ def adopt() -> None:
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def confine(uid: int | None, readable: list[str], writable: list[str], layers: list[str]) -> None:
-    """Give up everything that a computing process does not need, for ever, by the `layers` there are."""
+def confine(
+    uid: int | None, readable: list[str], writable: list[str], layers: list[str], signals: bool = False
+) -> None:
+    """Give up everything that a computing process does not need, for ever, by the `layers` there are.
+
+    `signals`: keep the right to signal children that run as the same user. The kernel asks for it when a parent's end
+    is to kill them.
+    """
     if "capabilities" in layers:
         drop_privileges(uid)
     die_with_parent()
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if "landlock" in layers:
-        landlock(readable, writable)
+        landlock(readable, writable, signals)
     if "seccomp" in layers:
         seccomp.install(libc)

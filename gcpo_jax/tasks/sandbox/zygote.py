@@ -43,6 +43,8 @@ def refused(action, *given):
         return True
     if action is os.fork and result == 0:
         os._exit(0)
+    if action is os.mkdir:
+        os.rmdir(*given)
     return False
 def facts():
     checks = {
@@ -152,7 +154,9 @@ class Zygote:
             os.close(fd)
         link = Link(pid, requests[1], answers[0], output[0], time.monotonic() + limits["timeout"])
         kernel.limit(limits["timeout"] + GRACE, JUDGE_MEMORY_MB, 0, PROCESSES if self.namespace >= 0 else None)
-        kernel.confine(kernel.FIRST_UID if self.root else None, self.readable, [], self.layers)
+        # Of one user with the program only where no namespace ends the program with its judge.
+        uid = kernel.FIRST_UID + (0 if self.namespace >= 0 else 1 + slot)
+        kernel.confine(uid if self.root else None, self.readable, [], self.layers, signals=True)
         judge.serve(job_fd, link)
 
     def _program(self, requests: int, answers: int, output: int, slot: int, limits: dict[str, Any]) -> None:
