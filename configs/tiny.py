@@ -1,7 +1,7 @@
 """The default: a 0.8M-parameter Qwen2 that ships with the package learns which of its two habits is right.
 
-    python -m gcpo_jax.train --config configs/tiny.py            # GCPO
-    python -m gcpo_jax.train --config configs/tiny.py:grpo       # any preset of gcpo_jax/config.py
+python -m gcpo_jax.train --config configs/tiny.py            # GCPO
+python -m gcpo_jax.train --config configs/tiny.py:grpo       # any preset of gcpo_jax/config.py
 """
 
 import pathlib

@@ -2,12 +2,13 @@
 
 A checkpoint is a directory named by its step. Orbax writes it in the background under a temporary name; SHA256SUMS,
 the digests of all its files, is added before the rename that makes it a checkpoint, so there is none without. The
-files say whether the disk kept what was written; a digest of every array, taken on the device before the save and
-again after a restore, says whether the same numbers came back.
+files say whether the disk kept what was written; a digest of every array, taken before the save and again after a
+restore, says whether the same numbers came back.
 """
 
 import asyncio
 import concurrent.futures
+import errno
 import hashlib
 import os
 import pathlib
@@ -16,7 +17,7 @@ import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
@@ -42,6 +43,7 @@ class Checkpoints:
         absl_logging.get_absl_logger().addFilter(_not_from_orbax)
         self._directory = directory.resolve()
         self._pending: int | None = None
+        self._closed = False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -59,7 +61,7 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Start saving. When this returns the arrays of `state` may be donated; the files come later.
+        """Start saving, unless the step is there already. Afterwards `state` may be donated; the files come later.
 
         Args:
           state: a pytree of arrays.
@@ -69,6 +71,8 @@ class Checkpoints:
           CheckpointError: where this save cannot start, or the one before failed (full disk, ...).
         """
         self._wait()
+        if step in self._steps():
+            return
         arrays = _flatten(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
@@ -105,13 +109,15 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in template]), stored["metadata"]
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until everything is on disk; a second call does nothing.
 
         Raises:
           CheckpointError: where the last save failed.
         """
-        self._wait()
-        self._manager.close()
+        if not self._closed:
+            self._closed = True
+            self._wait()
+            self._manager.close()
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal() and path.is_dir()]
@@ -145,11 +151,9 @@ class Checkpoints:
                 whole = other
                 break
             later.append(other)
-        start = (
-            f"step {whole}, whose checkpoint is whole"
-            if whole is not None
-            else "the beginning: no earlier checkpoint is whole"
-        )
+        start = "the beginning: no earlier checkpoint is whole"
+        if whole is not None:
+            start = f"step {whole}, whose checkpoint is whole"
         return CheckpointError(
             f"the checkpoint {self._directory / str(step)} is damaged: {kind} {', '.join(names)} differs from what was "
             f"saved. Nothing was restored. To go on from {start}, delete "
@@ -207,7 +211,7 @@ def seal(directory: pathlib.Path) -> None:
     Files and manifest are on the disk, not in its cache, when this returns.
     """
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(directory, names).items())
+    lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(directory, names, sync=True).items())
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
         file.flush()
@@ -215,9 +219,9 @@ def seal(directory: pathlib.Path) -> None:
 
 
 def damaged_files(directory: pathlib.Path) -> list[str]:
-    """The files of a checkpoint that are not what `seal` saw, changed or missing; the manifest alone if it is damaged."""
+    """The files of a checkpoint that are changed or missing since `seal`; the manifest alone where that is damaged."""
     try:
-        head, _, lines = (directory / MANIFEST).read_text(encoding="utf-8").partition("\n")
+        head, _, lines = (directory / MANIFEST).read_bytes().decode("utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
         return [MANIFEST]
     if head != f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}":
@@ -227,42 +231,20 @@ def damaged_files(directory: pathlib.Path) -> list[str]:
     return [name for name in saved if found[name] != saved[name]]
 
 
-def _digests(directory: pathlib.Path, names: list[str]) -> dict[str, str | None]:
+def _digests(directory: pathlib.Path, names: list[str], sync: bool = False) -> dict[str, str | None]:
     def sha256(name: str) -> str | None:
         try:
             with (directory / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-                return digest
+                if sync:
+                    os.fsync(file.fileno())
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
+            if sync:
+                raise
             return None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(sha256, names), strict=True))
-
-
-@jax.jit
-def fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 [2] of the bits of x [...]: the same whatever its sharding, and never the same after one element changed.
-
-    Two sums over the elements of a bijective mix (MurmurHash3's finalizer) of bits and position. Being sums they are
-    computed where the shards are; a change of several elements goes unnoticed with probability 2^-64.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = min(x.dtype.itemsize, 4)  # an eight-byte number becomes two words
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    words = (_mix(bits ^ _mix(position + jnp.uint32(start))) for start in (0x9E3779B9, 0x7F4A7C15))
-    return jnp.stack([jnp.sum(word, dtype=jnp.uint32) for word in words])
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -274,11 +256,15 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    digests = jax.device_get({name: fingerprint(x) for name, x in arrays.items()})
-    return {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digests[name].tobytes().hex()}
-        for name, x in arrays.items()
-    }
+    def describe(x: Any) -> dict[str, Any]:
+        host = np.ascontiguousarray(x)
+        digest = hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+        return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest}
+
+    for x in arrays.values():
+        x.copy_to_host_async()  # jax keeps this copy, and Orbax writes it
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(arrays, pool.map(describe, arrays.values()), strict=True))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
@@ -291,17 +277,20 @@ def _compare(path: pathlib.Path, stored: dict[str, Any], template: dict[str, Any
     wrong += [f"{name} is only in the checkpoint" for name in stored if name not in template]
     for name in template.keys() & stored.keys():
         x, entry = template[name], stored[name]
-        have, need = (entry["dtype"], tuple(entry["shape"])), (str(x.dtype), tuple(x.shape))
+        have, need = f"{entry['dtype']}{entry['shape']}", f"{x.dtype}{list(x.shape)}"
         if have != need:
-            wrong.append(
-                f"{name} is {have[0]}{list(have[1])} in the checkpoint and {need[0]}{list(need[1])} in this run"
-            )
+            wrong.append(f"{name} is {have} in the checkpoint and {need} in this run")
     if wrong:
         raise CheckpointError(f"{path} does not fit this run: {'; '.join(sorted(wrong))}")
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    text = str(error).strip()
+    # The cause that a person can act on stands deep inside what TensorStore reports.
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return f"{type(error).__name__}: {text[:500]}"
 
 
 def _not_from_orbax(record: Any) -> bool:

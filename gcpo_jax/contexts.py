@@ -6,10 +6,11 @@ Candidates enter as the ids that the policy wrote; they are never turned into te
   base   "Problem: P\\n\\nAttempt:\\n"      numbered attempts, then a cue       the same, the combined solution, a cue
   chat   the template around P           the template around all of this, one user turn
 
-where P is the problem, A_k a candidate and U an integrated output. A reply to each of the first and third is a candidate,
-so its tokens can be scored unchanged in either.
+where P is the problem, A_k a candidate and U an integrated output. A reply to the first and to the third is a
+candidate, so its tokens can be scored unchanged in either.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -52,10 +53,11 @@ class ContextBuilder:
         if style == "chat" and not chat:
             raise config_lib.ConfigError("contexts.style='chat': the tokenizer has no chat template")
         self.style = style
-        self._end_of_thinking = self._ids("</think>")
         marked = self.tokenizer.encode("a") if style == "base" else []
         self._start = marked[: marked.index(self._ids("a")[0])] if marked else []  # <s>, where the tokenizer adds one
         self._pieces = functools.lru_cache(maxsize=4096)(self._render)
+        if style == "chat":
+            self._check_template()
 
     def query(self, problem: str) -> Ids:
         """The context of a candidate."""
@@ -66,7 +68,7 @@ class ContextBuilder:
         return self._fill(("integrate", problem, len(candidates)), candidates)
 
     def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids:
-        """x_i (main text of the paper): the query, the candidates but y_i, and an integrated output. A reply is a y_i."""
+        """x_i (main text of the paper): the query, all candidates but y_i, an integrated output. A reply is a y_i."""
         return self._fill(("leave_one_out", problem, len(others)), [*others, integrated])
 
     def quote(self, completion: Ids) -> Ids:
@@ -78,13 +80,30 @@ class ContextBuilder:
         while ids and ids[-1] in self.end_ids:
             ids.pop()
         if self.settings.text != "full":
-            mark, width = self._end_of_thinking, len(self._end_of_thinking)
-            ends = [k + width for k in range(len(ids) - width + 1) if ids[k : k + width] == mark] if width else []
-            if ends:
-                ids = ids[ends[-1] :]
+            answer = self._after_thinking(ids)
+            if answer is not None:
+                ids = answer
             elif self.settings.text == "answer":
                 return []
         return ids[-self.settings.cap :]
+
+    def _after_thinking(self, ids: Ids) -> Ids | None:
+        """What follows the id that completes the last </think>; None where there is none."""
+
+        # By text: where the mark is no token of its own, what precedes and follows it changes its ids.
+        def marks(width: int) -> int:
+            return self.tokenizer.decode(ids[:width]).count("</think>")
+
+        total = marks(len(ids))
+        return ids[bisect.bisect_left(range(len(ids)), total, key=marks) :] if total else None
+
+    def _check_template(self) -> None:
+        try:
+            text = self._chat("leave_one_out", "a", 2)
+        except Exception as error:  # templates raise what they like
+            raise config_lib.ConfigError(f"contexts.style='chat': the template refuses a user turn: {error}") from error
+        if text.count(_HOLE) != 3:
+            raise config_lib.ConfigError("contexts.style='chat': the template does not show the user turn once, whole")
 
     def _fill(self, kind: tuple[str, str, int], candidates: Sequence[Ids]) -> Ids:
         pieces = self._pieces(*kind)

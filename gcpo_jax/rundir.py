@@ -83,12 +83,10 @@ def _settle(workdir: pathlib.Path, settings: pathlib.Path, now: dict[str, Any]) 
         names = [*now, *(name for name in before if name not in now)]
         changed = [name for name in names if before.get(name, absent) != now.get(name, absent)]
         if refused := [name for name in changed if name not in MAY_CHANGE]:
-            fields = "; ".join(
-                f"{name} was {before.get(name, absent)!r}, is {now.get(name, absent)!r}" for name in refused
-            )
+            fields = (f"{name} was {before.get(name, absent)!r}, is {now.get(name, absent)!r}" for name in refused)
             raise ConfigError(
-                f"--workdir={str(workdir)!r} holds a run with other settings: {fields}. Name another --workdir for "
-                "these, or go on with the old ones"
+                f"--workdir={str(workdir)!r} holds a run with other settings: {'; '.join(fields)}. "
+                "Name another --workdir for these, or go on with the old ones"
             )
     partial = workdir / "config.partial"
     with partial.open("w", encoding="utf-8") as file:

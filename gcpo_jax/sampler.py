@@ -31,9 +31,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     n: int = 1,
     max_new_tokens: int = 128,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float | int = 1.0,
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     max_rows: int = 512,
@@ -77,14 +77,14 @@ def sample(
     key: PRNGKeyArray,
     n: int,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float | int = 1.0,
     eos_ids: Sequence[int] = (),
     max_rows: int = 512,
 ) -> Samples:
     """As generate, with a key. Prompts of like length go to the device together, `max_rows` rows at a time."""
-    _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p)
+    _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
     tokens: list[list[list[int]]] = [[] for _ in prompts]
     logprobs: list[list[list[float]]] = [[] for _ in prompts]
     running = []
@@ -117,13 +117,14 @@ def sample(
     return Samples(tokens, logprobs)
 
 
-def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p) -> None:
+def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows) -> None:
     for name, value, ok, allowed in (
         ("n", n, n >= 1, "at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or above"),
         ("top_k", top_k, top_k >= 0, "0 (off) or above"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("max_rows", max_rows, max_rows >= 1, "at least 1"),
     ):
         if not ok:
             raise ValueError(f"{name}={value!r}: must be {allowed}")

@@ -85,8 +85,10 @@ def score(
     """log π(completion | prompt) token by token, [R, width] float32, 0 beyond each completion.
 
     Raises:
-      ValueError: for an empty prompt, or a completion of more than `width` tokens.
+      ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r}: must be above 0; greedy sampling reports temperature 1")
     if any(not len(p) for p in prompts) or any(len(c) > width for c in completions):
         raise ValueError(f"every prompt needs a token and every completion at most width={width}")
     result = np.zeros((len(prompts), width), np.float32)

@@ -34,6 +34,7 @@ class ModelConfig:
 
 
 _FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -51,11 +52,14 @@ def read_config(path: str | pathlib.Path, dtype: str = "float32") -> ModelConfig
     family = hf.get("model_type")
     if family not in _FAMILIES:
         raise ModelError(f"{path / 'config.json'}: model_type={family!r} is not one of {', '.join(_FAMILIES)}")
+    if wrong := [f"{k}={hf[k]!r}" for k in _SIZES if k in hf and not (isinstance(hf[k], int) and hf[k] > 0)]:
+        raise ModelError(f"{path / 'config.json'}: not a positive integer: {', '.join(wrong)}")
     _refuse_unsupported(path / "config.json", hf, family)
 
-    eos = generation.get("eos_token_id", hf.get("eos_token_id"))
+    eos, pad = (
+        generation[key] if generation.get(key) is not None else hf.get(key) for key in ("eos_token_id", "pad_token_id")
+    )
     eos_ids = tuple(int(e) for e in (eos if isinstance(eos, list) else [eos]) if e is not None)
-    pad = generation.get("pad_token_id", hf.get("pad_token_id"))
     try:
         width, heads = hf["hidden_size"], hf["num_attention_heads"]
         config = ModelConfig(
@@ -84,6 +88,8 @@ def read_config(path: str | pathlib.Path, dtype: str = "float32") -> ModelConfig
             f"{path / 'config.json'}: num_attention_heads={config.num_heads} is no multiple of "
             f"num_key_value_heads={config.num_kv_heads}"
         )
+    if config.head_dim % 2:
+        raise ModelError(f"{path / 'config.json'}: head_dim={config.head_dim} is odd; rotary embedding turns pairs")
     return config
 
 
@@ -93,22 +99,36 @@ def _json(path: pathlib.Path, required: bool) -> dict[str, Any]:
             raise ModelError(f"{path} does not exist")
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds {type(content).__name__}, not an object")
+    return content
 
 
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
 
 
+def _slides(hf: dict[str, Any]) -> bool:
+    """Whether any layer attends to a window only; Qwen directories carry the window's size even where none does."""
+    if layer_types := hf.get("layer_types"):
+        return "sliding_attention" in layer_types
+    fully_attending = hf.get("max_window_layers", 0)
+    used = bool(hf.get("use_sliding_window") and hf.get("sliding_window"))
+    return used and fully_attending < hf.get("num_hidden_layers", 0)
+
+
 def _refuse_unsupported(file: pathlib.Path, hf: dict[str, Any], family: str) -> None:
-    kind = _rope(hf).get("rope_type", _rope(hf).get("type", "default"))
-    sliding = hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or [])
+    rope = _rope(hf)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0
     faults = [
         (kind != "default", f"rope scaling of type {kind!r}"),
-        (_rope(hf).get("partial_rotary_factor", 1.0) != 1.0, "partial rotary embedding"),
-        (bool(sliding), "an active sliding window"),
+        (any(isinstance(v, dict) for v in rope.values()), "rope parameters that differ between layers"),
+        (partial != 1.0, "partial rotary embedding"),
+        (_slides(hf), "an active sliding window"),
         (hf.get("hidden_act", "silu") != "silu", f"hidden_act={hf.get('hidden_act')!r}"),
         (family != "qwen2" and bool(hf.get("attention_bias")), "attention_bias"),
         (bool(hf.get("mlp_bias")), "mlp_bias"),
@@ -138,7 +158,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         attention_dropout=0.0,
         use_sliding_window=False,
         torch_dtype=config.dtype,
-        eos_token_id=list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        # An absent end id would become the class's default: 2 for Llama.
+        eos_token_id=config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         pad_token_id=config.pad_id,
     )
     if config.family == "llama":
@@ -146,6 +167,4 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf |= dict(attention_bias=False, mlp_bias=False)
     if config.family == "qwen3":
         hf |= dict(attention_bias=False)
-    if not config.eos_ids:
-        del hf["eos_token_id"]
     return hf

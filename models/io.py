@@ -35,7 +35,11 @@ _NAMES: list[tuple[str, str, Transform]] = [
     *((f"model.layers.L.mlp.{x}_proj.weight", f"layers.{x}.kernel", _transpose) for x in ("gate", "up", "down")),
 ]
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old exports carry
-_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*", "generation_config.json")
+_STORED = ("F32", "BF16", "F16")
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def _flat(tree: Params, prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
@@ -77,11 +81,14 @@ def _plan(config: ModelConfig) -> dict[str, tuple[str, int | None, Transform, tu
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    # The order of transformers: some directories carry a second copy of the weights under another name.
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of shards: {error!r}") from None
         missing = [n for n in names if not (path / n).exists()]
         if missing:
@@ -115,8 +122,36 @@ def load_pretrained(
     plan = _plan(config)
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     found: dict[str, np.ndarray] = {}
-    seen, faults = set(), []
+    for file, names in _inspect(path, config, plan).items():
+        with safe_open(file, framework="np") as tensors:
+            for theirs, name in names.items():
+                our_path, layer, transform, _ = plan[name]
+                value = transform(tensors.get_tensor(theirs)).astype(target)
+                if layer is None:
+                    found[our_path] = np.ascontiguousarray(value)
+                else:
+                    if our_path not in found:
+                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
+                    found[our_path][layer] = value
+    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+
+
+def check_weights(path: str | pathlib.Path) -> None:
+    """Look at the headers of a directory's weights: what load_pretrained would refuse is refused, nothing is loaded.
+
+    Raises:
+      ModelError: as load_pretrained.
+    """
+    config = read_config(path)
+    _inspect(pathlib.Path(path), config, _plan(config))
+
+
+def _inspect(path: pathlib.Path, config: ModelConfig, plan) -> dict[pathlib.Path, dict[str, str]]:
+    """{file: {their name: our name for it}} after a look at the headers alone."""
+    seen, faults, files = set(), [], {}
     for file in _files(path):
+        files[file] = {}
         try:
             reader = safe_open(file, framework="np")
         except Exception as error:  # safetensors raises its own class and OSError alike
@@ -128,24 +163,20 @@ def load_pretrained(
                     if not (_IGNORED.match(name) or (name == "lm_head.weight" and config.tied_embeddings)):
                         faults.append(f"unknown {theirs}")
                     continue
-                our_path, layer, transform, shape = plan[name]
-                given = tuple(tensors.get_slice(theirs).get_shape())
+                files[file][theirs] = name
+                shape = plan[name][3]
+                given = tensors.get_slice(theirs)
+                if name in seen:
+                    faults.append(f"{theirs} is there twice")
                 seen.add(name)
-                if given != shape:
-                    faults.append(f"{theirs} has shape {list(given)}, not {list(shape)}")
-                    continue
-                value = transform(tensors.get_tensor(theirs)).astype(target)
-                if layer is None:
-                    found[our_path] = np.ascontiguousarray(value)
-                else:
-                    if our_path not in found:
-                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
-                    found[our_path][layer] = value
+                if tuple(given.get_shape()) != shape:
+                    faults.append(f"{theirs} has shape {given.get_shape()}, not {list(shape)}")
+                if given.get_dtype() not in _STORED:
+                    faults.append(f"{theirs} has type {given.get_dtype()}, not one of {', '.join(_STORED)}")
     faults += [f"missing {name}" for name in plan if name not in seen]
     if faults:
         raise ModelError(f"{path} does not hold a {config.family} of this config.json: {'; '.join(faults)}")
-    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
-    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+    return files
 
 
 def save_pretrained(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -99,7 +100,8 @@ def _along_last(vector, like):
 def rotate(x, positions, c: ModelConfig):
     """Rotary embedding of x[..., A], half-split; positions broadcast over x's other axes. Angles in float32."""
     half = c.head_dim // 2
-    frequencies = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # A constant, rounded once: at position 32,768 one unit in the last place of a device's power is 1e-3 rad.
+    frequencies = jnp.asarray(c.rope_theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * _along_last(frequencies, positions[..., None])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -124,9 +126,7 @@ def shapes(c: ModelConfig) -> Params:
     tree: Params = {
         "embed": jax.ShapeDtypeStruct((c.vocab_size, c.hidden_size), dtype),
         "final_norm": {"weight": jax.ShapeDtypeStruct((c.hidden_size,), dtype)},
-        "layers": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]
-        ),
+        "layers": jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]),
     }
     if not c.tied_embeddings:
         tree["unembed"] = jax.ShapeDtypeStruct((c.hidden_size, c.vocab_size), dtype)
@@ -161,7 +161,10 @@ def final_norm(c: ModelConfig, params: Params, x):
 
 
 def attention(q, k, v, mask):
-    """q[..., Q, K, G, A], k and v[..., S, K, A], mask broadcastable to [..., 1, 1, Q, S] -> [..., Q, K, G, A]; softmax in float32."""
+    """q[..., Q, K, G, A], k and v[..., S, K, A] -> [..., Q, K, G, A]; softmax in float32.
+
+    mask broadcasts to [..., K, G, Q, S].
+    """
     scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -3,10 +3,9 @@
     python scripts/word_problems.py words.jsonl                   # everything: 724 rows
     python scripts/word_problems.py words.jsonl words_eval.jsonl  # a quarter of the facts apart
 
-With one file, data.held_out splits off rows whose wording is new but whose sum may be trained on in other words. With two,
-no sum or product of the second stands in the first, in any wording or order. Made for SmolLM2-135M-Instruct through its chat template:
-
-    python -m gcpo_jax.train --config configs/smollm2.py --config.model.path=DIR --config.data.path=words.jsonl
+With one file, data.held_out splits off rows whose wording is new, while their sum may be trained on in other words.
+With two (data.path and data.eval_path), no sum or product of the second stands in the first, in any wording or order.
+Made for SmolLM2-135M-Instruct through its chat template; see configs/smollm2.py.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import json
 import pathlib
 import random
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SUMS = ["What is {} plus {}?", "How much is {} plus {}?", "What is the sum of {} and {}?", "Add {} and {}."]
 PRODUCTS = [
     "What is {} times {}?",

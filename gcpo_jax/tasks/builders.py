@@ -8,12 +8,18 @@ import io
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from gcpo_jax.tasks.jsonl import Row
 
 tfds.disable_progress_bar()
+
+
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: these data sets are in no bucket, and asking leaves a temporary directory behind."""
 
 
 class _Problems(tfds.core.GeneratorBasedBuilder):
@@ -28,7 +34,7 @@ class _Problems(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         # The order is kept: shuffling is the training loop's.
         features = tfds.features.FeaturesDict({"row": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return _Info(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager
@@ -60,6 +66,7 @@ def write(task: str, splits: dict[str, list[Row]], directory: pathlib.Path) -> p
 
 def read(directory: pathlib.Path, split: str) -> list[Row]:
     """All rows of a split of a prepared data set, in the order they were written."""
-    source = tfds.builder_from_directory(directory).as_data_source(split=split)
+    builder: Any = tfds.builder_from_directory(directory)
+    source = builder.as_data_source(split=split)
     # One bulk read: asked for one at a time, records cost four times as much.
     return [json.loads(record["row"]) for record in source.__getitems__(range(len(source)))]

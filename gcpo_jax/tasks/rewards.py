@@ -46,17 +46,30 @@ def resolve_reward(path: str) -> Reward:
       ConfigError: where there is no such module or function, or where importing the module fails.
     """
     module, name = _resolve(path)
-    function = getattr(module, name, None)
+    function: Reward | None = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"data.reward={path!r}: {module.__name__} has no function {name!r}")
     return function
 
 
 def resolve_answer(path: str) -> Answer:
-    """The function `answer(completion)` beside a reward, which majority votes compare; else the text itself."""
+    """The function `answer(completion)` beside a reward, which majority votes compare; else the text itself.
+
+    The result raises RewardError, naming the completion, where the user's function raises.
+    """
     module, _ = _resolve(path)
-    function = getattr(module, "answer", None)
-    return function if callable(function) else lambda completion: completion.strip() or None
+    function: Any = getattr(module, "answer", None)
+    if not callable(function):
+        return lambda completion: completion.strip() or None
+
+    def answer(completion: str) -> str | None:
+        try:
+            return function(completion)
+        except Exception as error:
+            where = f"{module.__name__}.answer, completion {completion[:200]!r}"
+            raise RewardError(f"the answer raised {type(error).__name__}: {error} ({where})") from error
+
+    return answer
 
 
 def score(
