@@ -116,7 +116,7 @@ def landlock_version() -> int:
 
 
 def landlock(readable: list[str], writable: list[str], signals: bool) -> None:
-    """Allow reading below `readable`, all but devices and sockets below `writable`, no TCP, signals out if `signals`."""
+    """Allow reading below `readable`, all but devices, sockets below `writable`, no TCP, no signals out unless so."""
     version = landlock_version()
     every = LANDLOCK_ALL[min(version, 5)]
     made = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # execute; char and block devices, sockets, pipes by name
