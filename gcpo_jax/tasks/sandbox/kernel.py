@@ -116,7 +116,7 @@ def landlock_version() -> int:
 
 
 def landlock(readable: list[str], writable: list[str], signals: bool) -> None:
-    """Allow reading below `readable`, all but devices, sockets below `writable`, no TCP, no signals out unless so."""
+    """Allow reading below `readable`, plain files below `writable`, no TCP, and signals to others only if `signals`."""
     version = landlock_version()
     every = LANDLOCK_ALL[min(version, 5)]
     made = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # execute; char and block devices, sockets, pipes by name
