@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -44,14 +45,21 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> list[dict[str, Any]
 
 
 def summary(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds, with standard errors over seeds, of one preset's runs."""
+    """Means over seeds of one preset's runs, with standard errors over seeds or, of a single run, over problems."""
     result: dict[str, Any] = {"seeds": len(runs), "commits": sorted({rows[0]["commit"] for rows in runs})}
     for name in MEASURES:
-        curves = [[row[f"eval/{name}"] for row in rows if f"eval/{name}" in row] for rows in runs]
+        measured = [[row for row in rows if f"eval/{name}" in row] for rows in runs]
+        curves = [[row[f"eval/{name}"] for row in rows] for rows in measured]
+        curve = [mean_and_error(at) for at in zip(*curves, strict=True)]
+        gain = mean_and_error([c[-1] - c[0] for c in curves])
+        if len(runs) == 1:
+            errors = [row[f"eval/{name}_se"] for row in measured[0]]
+            curve = [(mean, error) for (mean, _), error in zip(curve, errors, strict=True)]
+            gain = (gain[0], math.hypot(errors[0], errors[-1]))  # as if the two were measured on different problems
         result[name] = {
-            "steps": [row["step"] for row in runs[0] if f"eval/{name}" in row],
-            "curve": [mean_and_error(at) for at in zip(*curves, strict=True)],
-            "gain": mean_and_error([c[-1] - c[0] for c in curves]),
+            "steps": [row["step"] for row in measured[0]],
+            "curve": curve,
+            "gain": gain,
             "per_seed": [(c[0], c[-1]) for c in curves],
             "per_seed_se": [[row[f"eval/{name}_se"] for row in (rows[0], rows[-1])] for rows in runs],
         }

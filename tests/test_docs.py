@@ -15,6 +15,7 @@ from gcpo_jax import config, summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").rglob("*.md")])
+FILES = ("json", "jsonl", "py")  # what follows the dot in a file's name
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
 FIELDS = set(config.flatten(config.Config()))
 SECTIONS = {name.partition(".")[0] for name in FIELDS}
@@ -69,7 +70,9 @@ def test_links_and_paths_lead_somewhere(page):
 def test_settings_functions_and_presets_that_are_named_exist(page):
     text = page.read_text()
     assert set(re.findall(r"--config\.([\w.]+\w)", text)) - FIELDS == set()
-    named = {(a, b) for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS | MODULES and b != "py"}
+    named = {
+        (a, b) for a, b in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text) if a in SECTIONS | MODULES and b not in FILES
+    }
     assert [f"{a}.{b}" for a, b in sorted(named) if not exists(a, b)] == []
     presets = set(re.findall(r"\.py:([a-z]\w*)", text)) | set(re.findall(r"`(gcpo_[a-z]+)`", text)) - {"gcpo_jax"}
     assert presets - set(config.PRESETS) == set()
