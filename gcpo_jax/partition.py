@@ -181,7 +181,7 @@ def _gather(w, lies, whole):
 # The gradient is summed over rows as a whole and cut then, which compilers merge into one scatter where they can. Asked
 # for in pieces at once, that of the embedding would have every row's cotangent brought to every device instead.
 _gather.defvjp(
-    lambda w, lies, whole: (_gather(w, lies, whole), None),
+    lambda w, lies, whole: (jax.lax.with_sharding_constraint(w, whole), None),  # bare, so that remat can tell it
     lambda lies, whole, _, g: (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(g, whole), lies),),
 )
 
@@ -190,7 +190,7 @@ def _rule(path: str) -> tuple[str | None, ...] | None:
     return next((names for pattern, names in PARAMETERS if re.fullmatch(pattern, path)), None)
 
 
-def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over the first of `devices` (default: all of them).
 
     Raises:
