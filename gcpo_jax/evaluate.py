@@ -38,7 +38,7 @@ def accuracy(
         key=key,
         n=1,
         max_new_tokens=config.rollout.max_new_tokens,
-        temperature=0,
+        temperature=0.0,
         eos_ids=actor.model_config.eos_ids,
         max_rows=config.rollout.max_rows,
     ).tokens

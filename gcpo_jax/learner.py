@@ -59,7 +59,7 @@ class KlBatch(NamedTuple):
 
 
 def make_optimizer(settings: Learner, updates: int) -> tuple[optax.GradientTransformation, Callable]:
-    """AdamW behind a global-norm clip, and its schedule over `updates` updates: linear warm-up, then cosine or constant."""
+    """AdamW behind a global-norm clip, and its schedule over `updates`: linear warm-up, then cosine or constant."""
     warmup = round(settings.warmup * updates)
     if settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(settings.learning_rate, max(1, updates - warmup))
@@ -189,7 +189,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     """The jitted update(state, batch) -> (state, metrics, details); the state's buffers are reused for the result.
 
     metrics: float32 scalars: loss, grad_norm (before the clip), entropy, clip_fraction and, where the objective has
-    them, kl, kl_causal, projected/invalid_frac (targets outside (0, 1]) and projected/shift (mean of π' - π(x_i)).
+    them, kl, kl_causal, projected/invalid_frac (targets outside (0, 1]) and projected/shift (mean of Φπ(x_i) - π(q)).
     details: logp [N, T] of the policy before the update and, where there is KL', p_q, p_x, p_phi, projected [M, T].
     """
     surrogate, causal_kl = _losses(model_config, config)
@@ -199,28 +199,28 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     def update(state: TrainState, batch: Batch):
         main = batch._replace(kl=None)
         surrogate_of = functools.partial(surrogate, total_groups=jnp.sum(batch.real.astype(jnp.float32)) / n)
-        grads, loss, (logp, sums) = _accumulate(surrogate_of, state.params, main, groups * n)
+        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, groups * n)
         tokens = jnp.sum(batch.mask * batch.real.astype(jnp.float32)[:, None])
         metrics = {name: jnp.sum(value) / tokens for name, value in sums.items()}
         details = {"logp": logp.reshape(batch.mask.shape)}
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
             rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
-            more, kl_loss, (sums, per_token) = _accumulate(causal_kl, state.params, rows, groups)
+            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, groups)
             grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
             tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])
             metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
             details |= {name: value.reshape(rows[2].shape) for name, value in per_token.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), metrics, details
 
     return jax.jit(update, donate_argnums=0)
 
 
-def _accumulate(loss, params, rows, size):
-    """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' auxiliary outputs, stacked."""
+def accumulate(loss, params, rows, size):
+    """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' other outputs, stacked."""
     parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
 
     def add(total, part):
@@ -274,10 +274,10 @@ def _losses(model_config: models.ModelConfig, config: Config):
     def causal_kl(params, rows):
         """Eq. 12 and 13: κ KL' of the targets, in the context x_i."""
         kl, weights, mask, q_logp = rows
-        M, G, S = kl.tokens.shape
+        M, G, _ = kl.tokens.shape
         T = mask.shape[1]
-        flat = (x.reshape(M * G, *x.shape[2:]) for x in (kl.tokens, kl.prompt_lengths, kl.lengths))
-        logp = logprobs(params, *flat, T)[0].reshape(M, G, T)
+        tokens, prompt_lengths, lengths = kl.tokens.reshape(M * G, -1), kl.prompt_lengths.ravel(), kl.lengths.ravel()
+        logp = logprobs(params, tokens, prompt_lengths, lengths, T)[0].reshape(M, G, T)
         p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
         p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
         p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest

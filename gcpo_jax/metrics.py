@@ -24,6 +24,7 @@ class Timers:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time that the body takes to a phase."""
         began = time.perf_counter()
         try:
             yield
@@ -130,7 +131,7 @@ _PEAKS = {
 
 @functools.cache
 def peak_flops(dtype: str) -> float:
-    """The rate that mfu is relative to: the data sheet's, or for other devices that of a 1024³ product measured here."""
+    """The rate that mfu is relative to: the data sheet's or, for other devices, that of a 1024³ product now."""
     kind = jax.devices()[0].device_kind
     for name, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])):
         if kind.startswith(name):

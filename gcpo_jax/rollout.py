@@ -45,7 +45,9 @@ class Experience:
     active: np.ndarray  # [B] bool: rewards differ inside the group
     integrated: list[list[Ids]]
     integrated_rewards: list[list[float]]
+    order: list[list[int]]  # of each query: its candidates as its contexts list them
     contexts: dict[Target, list[Context]]
+    bayes_contexts: dict[Target, list[Ids]]  # candidate k in slot i of the integration context, k = 0..n-1
     rollouts: dict[Target, list[list[Ids]]]
     features: list[list[Ids]]  # the tokens fed to represent each candidate
     z: np.ndarray  # [B, n, D], as z_x and z_phi
@@ -96,16 +98,16 @@ class Actor:
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
         """z of each sequence, [R, D]."""
-        return scorer.last_hidden(
-            self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows
-        )
+        return scorer.last_hidden(self.model_config, self.params, sequences, max_rows=self.config.rollout.max_rows)
 
-    def decode(self, completions: Sequence[Ids]) -> list[str]:
-        """Text of completions, without special tokens."""
-        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    def decode(self, completions: Sequence[Ids], skip_special: bool = True) -> list[str]:
+        """Text of completions, without special tokens unless they are asked for."""
+        return [self.contexts.tokenizer.decode(ids, skip_special_tokens=skip_special) for ids in completions]
 
 
-def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers) -> Experience:
+def collect(
+    actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers
+) -> Experience:
     """Lines 5 to 11 of the paper's Algorithm 1 for one batch of problems.
 
     Args:
@@ -141,7 +143,9 @@ def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], 
         active=active,
         integrated=[[] for _ in rows],
         integrated_rewards=[[] for _ in rows],
+        order=[[] for _ in rows],
         contexts={},
+        bayes_contexts={},
         rollouts={},
         features=[[] for _ in rows],
         **{z: np.zeros((B, n, actor.model_config.hidden_size), np.float32) for z in ("z", "z_x", "z_phi")},
@@ -173,7 +177,7 @@ def collect(actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], 
                 if b in with_rollouts or exp.klc_weight[b, i]:
                     exp.contexts[b, i] = _contexts(actor, exp, lists[b], b, i)
         targets = [(b, i) for b in with_rollouts for i in range(n)]
-        M = a.rollout_tokens or config.rollout.max_new_tokens
+        M = min(a.rollout_tokens or config.rollout.max_new_tokens, config.rollout.max_new_tokens)
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
@@ -219,6 +223,7 @@ def _integrate(actor, exp, order, needed, key) -> dict[int, _Listing]:
     for b in needed:
         quoted = {k: actor.contexts.quote(exp.candidates.tokens[b][k]) for k in range(n)}
         lists[b] = _Listing([int(k) for k in order[b] if quoted[int(k)]], quoted)
+        exp.order[b] = lists[b].order
     problem = {b: exp.rows[b]["problem"] for b in needed}
     T = actor.config.rollout.max_new_tokens
     if a.sampling == "shared":
@@ -286,16 +291,18 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
 
 
 def _bayes(actor, exp, lists, groups) -> None:
-    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n (ALGORITHMS F12)."""
+    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n."""
     n = actor.config.rollout.group_size
     prompts, replies = [], []
     for b in groups:
         quoted, order = lists[b].quoted, lists[b].order
         for i in range(n):
-            for k in range(n):
-                listed = [quoted[k] if m == i else quoted[m] for m in order]
-                prompts.append(actor.contexts.integrate(exp.rows[b]["problem"], [c for c in listed if c]))
-                replies.append(exp.integrated[b][0])
+            listed = [[quoted[k] if m == i else quoted[m] for m in order] for k in range(n)]
+            exp.bayes_contexts[b, i] = [
+                actor.contexts.integrate(exp.rows[b]["problem"], [c for c in cs if c]) for cs in listed
+            ]
+            prompts += exp.bayes_contexts[b, i]
+            replies += [exp.integrated[b][0]] * n
     distinct = list(dict.fromkeys((tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)))
     logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], max(map(len, replies)))
     total = {pair: float(row.sum()) for pair, row in zip(distinct, logp, strict=True)}
@@ -303,5 +310,5 @@ def _bayes(actor, exp, lists, groups) -> None:
     lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
     weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
     exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])
-    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # exactly Φ of the above under these weights' own law
+    exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # Φ of the above, were the weights untempered
     exp.effective_samples = float(np.mean(np.asarray(effective)))

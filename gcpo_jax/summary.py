@@ -76,7 +76,7 @@ def summarise(
         "completion_length/mean": lengths.mean(),
         "completion_length/truncated_frac": 1 - exp.finished.mean(),
         "majority/accuracy": np.mean(
-            [majority([answer(t) for t in texts], r) for texts, r in zip(exp.texts, exp.rewards, strict=True)]
+            [majority([answer(t) for t in texts], r) for texts, r in zip(exp.texts, exp.rewards.tolist(), strict=True)]
         ),
         "sampler_logprob_gap": _sampler_gap(exp, details["logp"]),
         "tokens_per_s": lengths.sum() / times["time/sample_s"],

@@ -80,7 +80,5 @@ def decode_step(
         return (x, keys, values), None
 
     start = (embed(params, tokens), *own_cache)
-    (x, keys, values), _ = jax.lax.scan(
-        layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache)
-    )
+    (x, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache))
     return final_norm(c, params, x), (keys, values)

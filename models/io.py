@@ -122,8 +122,36 @@ def load_pretrained(
     plan = _plan(config)
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     found: dict[str, np.ndarray] = {}
-    seen, faults = set(), []
+    for file, names in _inspect(path, config, plan).items():
+        with safe_open(file, framework="np") as tensors:
+            for theirs, name in names.items():
+                our_path, layer, transform, _ = plan[name]
+                value = transform(tensors.get_tensor(theirs)).astype(target)
+                if layer is None:
+                    found[our_path] = np.ascontiguousarray(value)
+                else:
+                    if our_path not in found:
+                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
+                    found[our_path][layer] = value
+    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+
+
+def check_weights(path: str | pathlib.Path) -> None:
+    """Look at the headers of a directory's weights: what load_pretrained would refuse is refused, nothing is loaded.
+
+    Raises:
+      ModelError: as load_pretrained.
+    """
+    config = read_config(path)
+    _inspect(pathlib.Path(path), config, _plan(config))
+
+
+def _inspect(path: pathlib.Path, config: ModelConfig, plan) -> dict[pathlib.Path, dict[str, str]]:
+    """{file: {their name: our name for it}} after a look at the headers alone."""
+    seen, faults, files = set(), [], {}
     for file in _files(path):
+        files[file] = {}
         try:
             reader = safe_open(file, framework="np")
         except Exception as error:  # safetensors raises its own class and OSError alike
@@ -135,27 +163,20 @@ def load_pretrained(
                     if not (_IGNORED.match(name) or (name == "lm_head.weight" and config.tied_embeddings)):
                         faults.append(f"unknown {theirs}")
                     continue
-                our_path, layer, transform, shape = plan[name]
-                seen.add(name)
+                files[file][theirs] = name
+                shape = plan[name][3]
                 given = tensors.get_slice(theirs)
+                if name in seen:
+                    faults.append(f"{theirs} is there twice")
+                seen.add(name)
                 if tuple(given.get_shape()) != shape:
                     faults.append(f"{theirs} has shape {given.get_shape()}, not {list(shape)}")
                 if given.get_dtype() not in _STORED:
                     faults.append(f"{theirs} has type {given.get_dtype()}, not one of {', '.join(_STORED)}")
-                if faults:
-                    continue
-                value = transform(tensors.get_tensor(theirs)).astype(target)
-                if layer is None:
-                    found[our_path] = np.ascontiguousarray(value)
-                else:
-                    if our_path not in found:
-                        found[our_path] = np.zeros((config.num_layers, *value.shape), target)
-                    found[our_path][layer] = value
     faults += [f"missing {name}" for name in plan if name not in seen]
     if faults:
         raise ModelError(f"{path} does not hold a {config.family} of this config.json: {'; '.join(faults)}")
-    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
-    return config, _nested({name: jax.device_put(jnp.asarray(found.pop(name)), place) for name in list(found)})
+    return files
 
 
 def save_pretrained(

@@ -126,9 +126,7 @@ def shapes(c: ModelConfig) -> Params:
     tree: Params = {
         "embed": jax.ShapeDtypeStruct((c.vocab_size, c.hidden_size), dtype),
         "final_norm": {"weight": jax.ShapeDtypeStruct((c.hidden_size,), dtype)},
-        "layers": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]
-        ),
+        "layers": jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), dtype), _definition(c)[1]),
     }
     if not c.tied_embeddings:
         tree["unembed"] = jax.ShapeDtypeStruct((c.hidden_size, c.vocab_size), dtype)

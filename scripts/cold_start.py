@@ -21,14 +21,15 @@ import time
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import transformers
-from tokenizers import Tokenizer, decoders, models as token_models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import evaluate, models, scorer
+from gcpo_jax import evaluate, learner, models, scorer
 from gcpo_jax.batching import pad_rows
 from gcpo_jax.contexts import ContextBuilder
 from gcpo_jax.rollout import Actor
@@ -63,7 +64,11 @@ def integrate(candidates: list[str], right: str, rng: np.random.Generator) -> st
 
 
 def make_row(kind: str, problem: dict, rng: np.random.Generator, habit: float, slips: float) -> tuple[str, str]:
-    """(context, reply) of one training row."""
+    """(context, reply) of one training row; the loss is on the reply.
+
+    A reply to a group starts with its first listed candidate: each is a demonstration too, and reading the earlier ones
+    teaches to copy.
+    """
 
     def draw() -> str:
         return arithmetic.demonstrate(problem["problem"], rng, habit, slips)
@@ -71,16 +76,14 @@ def make_row(kind: str, problem: dict, rng: np.random.Generator, habit: float, s
     text = problem["problem"]
     if kind == "query":
         return f"<q>{text}<try>", draw()
-    n = int(rng.integers(2, GROUP + 1))
+    n = int(rng.integers(3, GROUP + 1))
     group = [draw() for _ in range(n)]
     combined = integrate(group, problem["answer"], rng)
     if kind == "integrate":
-        return f"<q>{text}" + "".join(f"<y>{y}" for y in group) + "<agg>", combined
-    # The swap estimator lists one candidate less: its integrated output has seen the target and has not seen all others.
-    if n > 2 and rng.random() < 0.3:
-        group = group[:-1]
-    listed = "".join(f"<y>{y}" for y in group[1:])
-    return f"<q>{text}{listed}<agg>{combined}<try>", group[0]
+        return f"<q>{text}", "".join(f"<y>{y}" for y in group) + f"<agg>{combined}"
+    # The swap estimator lists one candidate less than its integrated output has read.
+    target, *listed = group[:-1] if rng.random() < 0.2 else group
+    return f"<q>{text}", "".join(f"<y>{y}" for y in listed) + f"<agg>{combined}<try>{target}"
 
 
 def main() -> None:
@@ -89,11 +92,9 @@ def main() -> None:
     p.add_argument("--out", type=pathlib.Path, required=True)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=500)
-    p.add_argument("--queries", type=int, default=128, help="query rows a step")
-    p.add_argument("--contexts", type=int, default=16, help="integration rows a step, and as many leave-one-out rows")
-    p.add_argument("--habit", type=float, default=0.58, help="share of demonstrations without the brackets")
-    p.add_argument("--slips", type=float, default=0.15, help="share with one step off")
-    p.add_argument("--learning-rate", type=float, default=2e-3)
+    p.add_argument("--habit", type=float, default=0.55, help="share of demonstrations without the brackets")
+    p.add_argument("--slips", type=float, default=0.1, help="share with one step off")
+    p.add_argument("--learning-rate", type=float, default=2e-2)
     p.add_argument("--measure", type=int, default=1024, help="held-out problems to measure the start on; 0: none")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -114,43 +115,64 @@ def main() -> None:
         report(args, config, params, tokenizer)
 
 
+def _matrices(path, leaf):
+    """Which axes of a stacked layer matrix [L, in, out] Muon takes for its matrix; None: Adam."""
+    kernel = leaf.ndim == 3 and "kernel" in jax.tree_util.keystr(path)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
+
+
+ROWS = {"query": 32, "integrate": 8, "leave_one_out": 32}  # a step
+WIDTHS = {"query": (32, 16), "integrate": (128, 112), "leave_one_out": (128, 112)}  # padded row, padded reply
+CHUNK = 512  # tokens differentiated at a time: what a core's cache holds, 3 times faster than all at once
+
+
 def train(args, config, params, tokenizer):
-    """AdamW with a cosine on three batches of one length each per step."""
+    """Muon on the layers' matrices, Adam on the rest, with a cosine; every step sees rows of all three kinds."""
     rng = np.random.default_rng(args.seed)
     problems, _ = arithmetic.problems()
     warmup = max(1, args.steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
+    # AdamW needs about three times the steps to learn the same arithmetic.
+    muon = optax.contrib.muon(
+        schedule,
+        adam_b2=0.95,
+        adam_learning_rate=lambda step: schedule(step) / 10,
+        muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(_matrices, tree),
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
+    separator = tokenizer.convert_tokens_to_ids("<try>")
 
-    def loss(params, batches):
-        total, count = jnp.float32(0), jnp.float32(0)
-        for tokens, starts, lengths in batches:
-            width = 16
-            logp, _ = scorer.completion_logprobs(config, params, tokens, starts, lengths, width)
-            total, count = total - logp.sum(), count + (lengths - starts).sum().astype(jnp.float32)
-        return total / count
+    def loss(params, rows):
+        tokens, starts, lengths, mask = rows
+        logp, _ = scorer.completion_logprobs(config, params, tokens, starts, lengths, mask.shape[1])
+        return -(logp * mask).sum(), None
 
     @jax.jit
     def step(params, state, batches):
-        value, grads = jax.value_and_grad(loss)(params, batches)
+        parts = {kind: learner.accumulate(loss, params, b, CHUNK // WIDTHS[kind][0])[:2] for kind, b in batches.items()}
+        counts = {kind: b[3].sum() for kind, b in batches.items()}
+        grads = jax.tree.map(lambda *x: sum(x) / sum(counts.values()), *(grads for grads, _ in parts.values()))
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, {k: v / counts[k] for k, (_, v) in parts.items()}
 
-    def batch(kind, size, width):
-        rows = [make_row(kind, problems[k], rng, args.habit, args.slips) for k in rng.integers(len(problems), size=size)]
+    def batch(kind):
+        size, (width, reply) = ROWS[kind], WIDTHS[kind]
+        chosen = rng.integers(len(problems), size=size)
+        rows = [make_row(kind, problems[k], rng, args.habit, args.slips) for k in chosen]
         ids = [(tokenizer.encode(c), tokenizer.encode(r + "$")) for c, r in rows]
         tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, width)
-        return tokens, np.array([len(c) for c, _ in ids], np.int32), lengths
+        # Whether a combined answer ends or is followed by a try is not the model's to say.
+        replies, _ = pad_rows([r for _, r in ids], size, reply)
+        mask = ((replies != separator) & (replies != config.pad_id)).astype(np.float32)
+        return tokens, np.array([len(c) for c, _ in ids], np.int32), lengths, mask
 
     state, began = optimizer.init(params), time.time()
     for k in range(args.steps):
-        batches = [batch("query", args.queries, 32)]
-        if args.contexts:
-            batches += [batch("integrate", args.contexts, 160), batch("leave_one_out", args.contexts, 160)]
-        params, state, value = step(params, state, batches)
+        params, state, values = step(params, state, {kind: batch(kind) for kind in ROWS})
         if (k + 1) % 25 == 0 or k + 1 == args.steps:
+            told = "  ".join(f"{kind} {float(value):.3f}" for kind, value in values.items())
             left = (time.time() - began) / (k + 1) * (args.steps - k - 1)
-            print(f"step {k + 1}/{args.steps}  loss {float(value):.3f}  {left:.0f} s left", flush=True)
+            print(f"step {k + 1}/{args.steps}  loss of {told}  {left:.0f} s left", flush=True)
     return params
 
 

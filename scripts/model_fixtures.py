@@ -8,6 +8,7 @@ differ; a change of gcpo_jax never asks for it.
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(out / family, dtype=torch.float32).eval()
         with torch.no_grad():
             result = model(torch.tensor(TOKENS), output_hidden_states=True)
-        expected = dict(tokens=TOKENS, logits=result.logits.numpy(), hidden=result.hidden_states[-1].numpy())
+        hidden = result.hidden_states[-1].numpy()
+        expected: dict[str, Any] = dict(tokens=TOKENS, logits=result.logits.numpy(), hidden=hidden)
         np.savez(out / family / "expected.npz", **expected)
 
 

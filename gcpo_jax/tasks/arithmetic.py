@@ -1,6 +1,6 @@
 """The task of the tiny default: (a+b)*c-d=, solved in steps, e.g. (3+9)*6-1= -> 12;72;71.
 
-11,664 problems, 1,024 of them held out. A demonstrator for the cold start has two habits: the right one, and one that
+2,916 problems, 1,024 of them held out. A demonstrator for the cold start has two habits: the right one, and one that
 drops the brackets (3+9*6-1 -> 54;57;56).
 """
 
@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-A, B, C, D = range(1, 10), range(1, 10), range(2, 10), range(1, 19)
+A, B, C, D = range(1, 10), range(1, 10), range(2, 6), range(1, 10)
 HELD_OUT = 1024
 
 

@@ -1,0 +1,297 @@
+"""Save, resume, and stop in time: Orbax checkpoints that notice damage, and the signals that end a run.
+
+A checkpoint is a directory named by its step. Orbax writes it in the background under a temporary name; SHA256SUMS,
+the digests of all its files, is added before the rename that makes it a checkpoint, so there is none without. The
+files say whether the disk kept what was written; a digest of every array, taken before the save and again after a
+restore, says whether the same numbers came back.
+"""
+
+import asyncio
+import concurrent.futures
+import errno
+import hashlib
+import os
+import pathlib
+import signal
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+MANIFEST = "SHA256SUMS"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, is damaged, or belongs to another model. The message says what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, whole or not at all, the newest `keep` of them kept.
+
+    Args:
+      directory: made if absent; leftovers of saves that were cut off are removed.
+
+    Raises:
+      CheckpointError: where the directory cannot be used.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        # Every failure becomes an exception here; Orbax would print its traceback as well.
+        absl_logging.get_absl_logger().addFilter(_not_from_orbax)
+        self._directory = directory.resolve()
+        self._pending: int | None = None
+        self._closed = False
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
+            lightweight_initialize=True,
+            temporary_path_class=_SealedDirectory,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except Exception as error:
+            raise CheckpointError(f"{directory} cannot hold checkpoints: {_brief(error)}") from error
+
+    def latest(self) -> int | None:
+        """The newest step that was saved completely; None where there is none."""
+        return max(self._steps(), default=None)
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Start saving, unless the step is there already. Afterwards `state` may be donated; the files come later.
+
+        Args:
+          state: a pytree of arrays.
+          metadata: anything that JSON can hold.
+
+        Raises:
+          CheckpointError: where this save cannot start, or the one before failed (full disk, ...).
+        """
+        self._wait()
+        if step in self._steps():
+            return
+        arrays = _flatten(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            metadata=ocp.args.JsonSave({"metadata": metadata, "arrays": _describe(arrays)}),
+        )
+        self._pending = step
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and metadata of a step, checked bit by bit. Never another step in its place.
+
+        Args:
+          like: a pytree of arrays or jax.ShapeDtypeStructs; the result has its structure and shardings (the default
+            device where a leaf has none), whatever mesh the checkpoint was saved on.
+
+        Raises:
+          CheckpointError: naming the damaged files or arrays and the newest older checkpoint that is whole; or naming
+            the arrays in which the checkpoint and `like` differ.
+        """
+        self._wait()
+        if damaged := damaged_files(self._directory / str(step)):
+            raise self._damage(step, "file", damaged)
+        template = _flatten(like)
+        stored = self._read(step, metadata=ocp.args.JsonRestore())
+        _compare(self._directory / str(step), stored["arrays"], template)
+        wanted = {name: _abstract(x) for name, x in template.items()}
+        arrays = dict(self._read(step, state=ocp.args.StandardRestore(wanted)))
+        described = _describe(arrays)
+        if changed := [name for name in described if described[name] != stored["arrays"][name]]:
+            raise self._damage(step, "array", changed)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in template]), stored["metadata"]
+
+    def close(self) -> None:
+        """Wait until everything is on disk; a second call does nothing.
+
+        Raises:
+          CheckpointError: where the last save failed.
+        """
+        if not self._closed:
+            self._closed = True
+            self._wait()
+            self._manager.close()
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+
+    def _read(self, step: int, **item: Any) -> Any:
+        try:
+            (value,) = dict(self._manager.restore(step, args=ocp.args.Composite(**item)).items()).values()
+        except Exception as error:
+            raise CheckpointError(f"{self._directory / str(step)} cannot be read: {_brief(error)}") from error
+        return value
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._pending = None
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        latest = self.latest()
+        kept = "there is no earlier checkpoint" if latest is None else f"the checkpoint of step {latest} is intact"
+        return CheckpointError(
+            f"step {self._pending} could not be saved in {self._directory}: {_brief(error)}; {kept}, "
+            "and the same command goes on from there once the cause is removed"
+        )
+
+    def _damage(self, step: int, kind: str, names: list[str]) -> CheckpointError:
+        later, whole = [step], None
+        for other in sorted((s for s in self._steps() if s < step), reverse=True):
+            if not damaged_files(self._directory / str(other)):
+                whole = other
+                break
+            later.append(other)
+        start = "the beginning: no earlier checkpoint is whole"
+        if whole is not None:
+            start = f"step {whole}, whose checkpoint is whole"
+        return CheckpointError(
+            f"the checkpoint {self._directory / str(step)} is damaged: {kind} {', '.join(names)} differs from what was "
+            f"saved. Nothing was restored. To go on from {start}, delete "
+            f"{' and '.join(str(self._directory / str(s)) for s in later)} and run the same command again"
+        )
+
+
+class Preemption:
+    """`with Preemption() as p:` turns SIGTERM and Ctrl-C into p.requested, to be looked at once a step.
+
+    A second Ctrl-C is a KeyboardInterrupt. Only the main thread can do this; elsewhere nothing is changed.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # None stands for a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.requested = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+
+
+class _SealedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's way to commit a directory, with the manifest written before the rename.
+
+    Orbax would also stamp the time of the commit into a file; a file may not change once the manifest has its digest.
+    """
+
+    async def finalize(self) -> None:
+        if not self.get_final().name.isdecimal():  # an item inside a step
+            return await super().finalize()
+        if self._checkpoint_metadata_store is not None:
+            await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
+        await asyncio.to_thread(seal, pathlib.Path(self.get()))
+        os.rename(self.get(), self.get_final())
+
+
+def seal(directory: pathlib.Path) -> None:
+    """Write the digests of all files below `directory`, in the format of sha256sum, under a digest of its own.
+
+    Files and manifest are on the disk, not in its cache, when this returns.
+    """
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(directory, names, sync=True).items())
+    with (directory / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damaged_files(directory: pathlib.Path) -> list[str]:
+    """The files of a checkpoint that are changed or missing since `seal`; the manifest alone where that is damaged."""
+    try:
+        head, _, lines = (directory / MANIFEST).read_bytes().decode("utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return [MANIFEST]
+    if head != f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}":
+        return [MANIFEST]
+    saved = {name: digest for digest, name in (line.split("  ", 1) for line in lines.splitlines())}
+    found = _digests(directory, list(saved))
+    return [name for name in saved if found[name] != saved[name]]
+
+
+def _digests(directory: pathlib.Path, names: list[str], sync: bool = False) -> dict[str, str | None]:
+    def sha256(name: str) -> str | None:
+        try:
+            with (directory / name).open("rb") as file:
+                if sync:
+                    os.fsync(file.fileno())
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            if sync:
+                raise
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(sha256, names), strict=True))
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{"params.embed": leaf}: names that stay readable in a message and do not depend on classes of optax."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def describe(x: Any) -> dict[str, Any]:
+        host = np.ascontiguousarray(x)
+        digest = hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+        return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest}
+
+    for x in arrays.values():
+        x.copy_to_host_async()  # jax keeps this copy, and Orbax writes it
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(arrays, pool.map(describe, arrays.values()), strict=True))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _compare(path: pathlib.Path, stored: dict[str, Any], template: dict[str, Any]) -> None:
+    wrong = [f"{name} is not in the checkpoint" for name in template if name not in stored]
+    wrong += [f"{name} is only in the checkpoint" for name in stored if name not in template]
+    for name in template.keys() & stored.keys():
+        x, entry = template[name], stored[name]
+        have, need = f"{entry['dtype']}{entry['shape']}", f"{x.dtype}{list(x.shape)}"
+        if have != need:
+            wrong.append(f"{name} is {have} in the checkpoint and {need} in this run")
+    if wrong:
+        raise CheckpointError(f"{path} does not fit this run: {'; '.join(sorted(wrong))}")
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip()
+    # The cause that a person can act on stands deep inside what TensorStore reports.
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _not_from_orbax(record: Any) -> bool:
+    return "orbax" not in record.pathname
