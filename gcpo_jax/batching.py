@@ -11,18 +11,23 @@ def bucket(length: int, least: int = 16) -> int:
     return -(-length // step) * step
 
 
+def count_bucket(count: int) -> int:
+    """The padded number of `count` rows: a power of two, or one and a half of one."""
+    power = 1 << max(0, (count - 1).bit_length())
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
 def chunks(lengths: Sequence[int], rows: int, multiple: int = 1) -> Iterator[tuple[list[int], int]]:
     """Cut rows of the given lengths into device calls: (row numbers, padded row count), longest first.
 
-    A call has `rows` rows, or a quarter of it where that holds all that is left: two shapes per length. Padded row
-    counts are multiples of `multiple`, the parts that a mesh cuts rows into.
+    A call has `rows` rows, or fewer where that holds all that is left. Padded row counts are multiples of `multiple`,
+    the parts that a mesh cuts rows into.
     """
     rows = max(multiple, rows // multiple * multiple)
-    quarter = -(-max(1, rows // 4) // multiple) * multiple
     order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        yield part, quarter if len(part) <= quarter else rows
+        yield part, min(rows, count_bucket(-(-len(part) // multiple)) * multiple)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,16 @@
 """Flax NNX ports of Qwen2/2.5, Qwen3 and Llama; nothing here knows of reinforcement learning."""
 
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config
-from gcpo_jax.models.decode import decode_step, init_cache, prefill
+from gcpo_jax.models.decode import Cache, decode_step, init_cache, prefill
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
-from gcpo_jax.models.qwen import encode, forward, init_params, shapes, unembed
+from gcpo_jax.models.qwen import constrain, encode, forward, init_params, shapes, unembed
 
 __all__ = [
+    "Cache",
     "ModelConfig",
     "ModelError",
     "check_weights",
+    "constrain",
     "decode_step",
     "encode",
     "forward",

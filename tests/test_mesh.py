@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import learner, models, partition, sampler, scorer, train
+from gcpo_jax import learner, models, partition, sampler, scorer, slots, train
 from gcpo_jax.checkpoint import Checkpoints
 from gcpo_jax.tasks import arithmetic
 
@@ -218,9 +218,9 @@ def test_decoding_moves_activations_and_no_parameters():
     config = model((2, 2, 2))
     ids, lengths = np.ones((8, 16), np.int32), np.full(8, 5, np.int32)
     rows = partition.put_rows(config.layout, ids, lengths, np.arange(8, dtype=np.int32), lengths > 0)
-    how = dict(n=2, max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(1,))
-    lowered = sampler._sample.lower(config, placed(config), *rows, jax.random.key(0), **how)
-    steps = [line for line in lowered.compile().as_text().splitlines() if "jit(_sample)/while/body/while" in line]
+    how = dict(n=2, together=2, lanes=8, max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(1,))
+    lowered = slots.run.lower(config, placed(config), *rows, jax.random.key(0), **how)
+    steps = [line for line in lowered.compile().as_text().splitlines() if "jit(run)/while/body/while" in line]
     found = collectives("\n".join(steps))
     assert found["all-reduce"]
     # The layers of the prefill are named without the second "while". Of a step: [B, n, ...], never [width, ...].

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gcpo_jax import models, sampler, scorer
+from gcpo_jax import draw, models, sampler, scorer
 from gcpo_jax.batching import pad_rows
 
 V = 24
@@ -148,13 +148,13 @@ def test_choose_draws_the_exact_distribution_over_100000_draws(top_k, top_p):
     draws = 100_000
     u = jax.random.uniform(jax.random.key(0), (draws // 100, 100))
     logp = jnp.broadcast_to(jnp.log(jnp.maximum(p, 1e-30)), (100, 64))
-    chosen = jax.lax.map(lambda row: sampler.choose(logp, row, top_k=top_k, top_p=top_p), u)
+    chosen = jax.lax.map(lambda row: draw.choose(logp, row, top_k=top_k, top_p=top_p), u)
     assert_follows(
         np.bincount(np.asarray(chosen).ravel(), minlength=64), restricted(p.astype(np.float64), top_k, top_p)
     )
 
 
-choose = jax.jit(sampler.choose, static_argnames=("top_k", "top_p", "greedy"))
+choose = jax.jit(draw.choose, static_argnames=("top_k", "top_p", "greedy"))
 LOGITS = hnp.arrays(np.float32, 12, elements=st.sampled_from([-np.inf, -200.0, -90.0, -3.0, 0.0, 0.5, 2.0, 30.0]))
 
 
