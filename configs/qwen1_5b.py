@@ -7,8 +7,8 @@ over five benchmarks of 44.9 -> 47.4 for R1-Distill-1.5B and 54.5 -> 56.8 for De
 
 Hardware, for which `python -m gcpo_jax.plan` says that it fits (docs/results/plan_1_5b_*.json), and flags to add:
 
-  8 x v5p (v5p:2x2x2)       none
-  16 x v6e (v6e:4x4)        --config.mesh.tensor=2
+  4 x v5p (v5p:2x2x1)       none
+  8 x v6e (v6e:2x4)         --config.mesh.tensor=2
   16 x v5e (v5e:4x4)        --config.mesh.tensor=2
   8 x A100-80GB             none
   1 x H200                  none

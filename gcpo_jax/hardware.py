@@ -112,6 +112,7 @@ def compile_devices(topology: Topology) -> tuple[Sequence[jax.Device] | None, st
         return None, 'libtpu is not installed (pip install "gcpo_jax[tpu]")'
     # What libtpu would ask a TPU machine about itself.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is touched, so no lock is needed
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.model}-{topology.count}")
     try:
