@@ -35,7 +35,8 @@ FORMULA = (
     "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
     "vocabulary tables with gradient + kept activations (remat full: L r S D b) + one layer's backward pass "
     "(r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = caches + twice the prompt's keys and "
-    "values + one layer's prefill + 4 x a token's logits"
+    "values + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) + 4 x a token's logits; scorer temp = one layer + "
+    "logits"
 )
 
 
@@ -142,7 +143,7 @@ class Estimator:
     def _working(self, tokens: int, backward: bool) -> int:
         """Bytes of one layer's intermediate results for so many tokens."""
         c, t = self.model, self._axis("tensor")
-        mlp, width, heads = (5, 8, 4) if backward else (3, 4, 3)
+        mlp, width, heads = (5, 8, 4) if backward else (2, 4, 2)
         return (
             tokens
             * (mlp * c.intermediate_size // t + width * c.hidden_size + heads * c.num_heads * c.head_dim // t)

@@ -161,7 +161,7 @@ def plan(
 
     programs = []
     for name, call in ({"update": None} | largest(calls, estimator)).items():
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         guess = estimator.update(batch) if call is None else estimator.call(call)
         beside = needs["sampling copy"] + needs["reference"] if call is None else sum(needs.values()) - copy
         needed, refused = guess, None
@@ -186,6 +186,7 @@ def plan(
             "estimated_peak": guess.total + beside,
             "refused_by_compiler": refused is not None,
             "compile_s": round(time.perf_counter() - began, 1) if devices is not None else None,
+            "compile_cpu_s": round(time.process_time() - began_cpu, 1) if devices is not None else None,
         }
         programs.append(row)
     tightest = max(programs, key=lambda row: row["peak"])
