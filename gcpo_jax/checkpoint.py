@@ -43,6 +43,7 @@ class Checkpoints:
         absl_logging.get_absl_logger().addFilter(_not_from_orbax)
         self._directory = directory.resolve()
         self._pending: int | None = None
+        self._closed = False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -108,13 +109,15 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in template]), stored["metadata"]
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until everything is on disk; a second call does nothing.
 
         Raises:
           CheckpointError: where the last save failed.
         """
-        self._wait()
-        self._manager.close()
+        if not self._closed:
+            self._closed = True
+            self._wait()
+            self._manager.close()
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal() and path.is_dir()]

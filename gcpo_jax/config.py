@@ -84,7 +84,7 @@ class Algorithm:
     sampling: str = "shared"  # of Φ's integrated outputs: "shared" (as printed) | "swap" (leave-one-out, unbiased)
     integrated: int = 2  # L, integrated outputs (or swap partners) per target; 0: n
     rollouts: int = 2  # R, roll-outs per context; 0: n
-    rollout_tokens: int = 64  # M, tokens of a roll-out; 0: max_new_tokens
+    rollout_tokens: int = 64  # M, tokens of a roll-out; 0, or more than that: max_new_tokens
     kl_targets: int = 2  # candidates per group that enter KL', weighted n/k; 0: all
 
 
@@ -262,6 +262,17 @@ def validate(config: Config) -> None:
         if not ok:
             wrong.append(f"{field}={values[field]!r}: {allowed}")
 
+    for name, default in flatten(Config()).items():
+        kind, value = type(default), values[name]
+        # An override of a tuple takes any words, and a recipe is Python: neither is checked before.
+        if kind is list:
+            ok = isinstance(value, list) and all(type(v) is int for v in value)
+            need(ok, name, "must be whole numbers: 0, or 0,5")
+        else:
+            ok = type(value) is kind or (kind is float and type(value) is int)
+            need(ok, name, f"must be of type {kind.__name__}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
     for name, value in values.items():
         if isinstance(value, float):
             need(value == value and abs(value) != float("inf"), name, "must be a finite number")

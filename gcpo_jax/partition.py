@@ -68,13 +68,22 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
 
 @runtime_checkable
 class Sizes(Protocol):
-    """What of a model its layout depends on."""
+    """What of a model its layout depends on; a models.ModelConfig has it."""
 
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102 - the name says it
+
+    @property
+    def intermediate_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_heads(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_kv_heads(self) -> int: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +182,7 @@ def _gather(w, lies, whole):
 # The gradient is summed over rows as a whole and cut then, which compilers merge into one scatter where they can. Asked
 # for in pieces at once, that of the embedding would have every row's cotangent brought to every device instead.
 _gather.defvjp(
-    lambda w, lies, whole: (_gather(w, lies, whole), None),
+    lambda w, lies, whole: (jax.lax.with_sharding_constraint(w, whole), None),  # bare, so that remat can tell it
     lambda lies, whole, _, g: (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(g, whole), lies),),
 )
 
@@ -200,7 +209,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over the first of `devices` (default: all of them).
 
     Raises:
@@ -269,7 +278,10 @@ def layout_of(config: Config, model: Sizes, mesh: Mesh | AbstractMesh | None = N
     Raises:
       ConfigError: where mesh, model and batch sizes do not fit each other; the message says which sizes would do.
     """
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    if mesh is None:
+        if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1):
+            return None
+        mesh = make_mesh(config.mesh)
     if mesh.size == 1:
         return None
     layout = make_layout(mesh, model)

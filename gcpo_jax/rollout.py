@@ -177,7 +177,7 @@ def collect(
                 if b in with_rollouts or exp.klc_weight[b, i]:
                     exp.contexts[b, i] = _contexts(actor, exp, lists[b], b, i)
         targets = [(b, i) for b in with_rollouts for i in range(n)]
-        M = a.rollout_tokens or config.rollout.max_new_tokens
+        M = min(a.rollout_tokens or config.rollout.max_new_tokens, config.rollout.max_new_tokens)
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
@@ -291,7 +291,7 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
 
 
 def _bayes(actor, exp, lists, groups) -> None:
-    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n (ALGORITHMS F12)."""
+    """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n."""
     n = actor.config.rollout.group_size
     prompts, replies = [], []
     for b in groups:

@@ -3,6 +3,7 @@
 train() is Algorithm 1 of the paper, top to bottom; everything it calls is in the module of that name.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,11 +15,32 @@ import transformers
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcpo_jax import audit, checkpoint, evaluate, learner, metrics, models, partition, rollout, rundir, summary, tasks
+from gcpo_jax import (
+    audit,
+    checkpoint,
+    commandline,
+    evaluate,
+    learner,
+    metrics,
+    models,
+    partition,
+    rollout,
+    rundir,
+    summary,
+    tasks,
+)
 from gcpo_jax import config as config_lib
 from gcpo_jax.contexts import ContextBuilder
 
-DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
+# What the command ends with as one line; anything else is a mistake of the program's and keeps its traceback.
+EXPECTED = (
+    config_lib.ConfigError,
+    models.ModelError,
+    tasks.DataError,
+    tasks.RewardError,
+    checkpoint.CheckpointError,
+    OSError,
+)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
@@ -28,20 +50,21 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
       True at the end of the run, False where SIGTERM or Ctrl-C ended it after a save.
 
     Raises:
-      ConfigError, tasks.DataError: for bad settings, files or data, before any device work.
+      ConfigError, models.ModelError, tasks.DataError: for bad settings, files or data, before any device work.
       tasks.RewardError: when a reward raises or is not finite; the last checkpoint stays.
     """
     # Whatever can be wrong is looked at before the device is.
     config_lib.validate(config)
     config_lib.check_paths(config)
     model_config = models.read_config(config.model.path, config.model.dtype)
-    layout = partition.layout_of(config, model_config)
-    model_config = dataclasses.replace(model_config, layout=layout)
     contexts = make_contexts(config, model_config)
     reward, answer = tasks.resolve_reward(config.data.reward), tasks.resolve_answer(config.data.reward)
     task = tasks.build(config.data)
-    problems, too_long = within_limit(config, contexts, task.train)
-    held_out, _ = within_limit(config, contexts, task.held_out)
+    problems, too_long = within_limit(config, contexts, task.train, model_config.vocab_size)
+    held_out, too_long_held_out = within_limit(config, contexts, task.held_out, model_config.vocab_size)
+    models.check_weights(config.model.path)
+    layout = partition.layout_of(config, model_config)
+    model_config = dataclasses.replace(model_config, layout=layout)
     run = rundir.open_run(workdir, config)
 
     _, params = models.load_pretrained(config.model.path, "float32", layout.mesh if layout else None)
@@ -61,7 +84,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
         state, _ = checkpoints.restore(start, state)
     # A run that begins again measures its start again: -1 drops that row too.
     log = metrics.Log(workdir, resume_at=start or -1, total=config.train.total_steps)
-    log.say(f"{len(problems)} problems, {too_long} too long, {len(held_out)} held out; from step {start}")
+    told = [f"{len(problems)} problems{left_out(config, too_long)}"]
+    told += [f"{len(held_out)} held out{left_out(config, too_long_held_out)}"]
+    log.say(f"{', '.join(told)}; from step {start}")
 
     def actor() -> rollout.Actor:
         return rollout.Actor(config, model_config, learner.cast(state.params, config.model.dtype), contexts)
@@ -75,7 +100,15 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
         if checkpoints.latest() != step:
             checkpoints.save(step, state, {"step": step})
 
-    with checkpoint.Preemption() as preemption:
+    def stopped(step: int) -> bool:
+        if preemption.requested:
+            save(step)
+            checkpoints.close()
+            log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+        return preemption.requested
+
+    # Closing waits for a save under way, also where a reward ends the run.
+    with checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
         for step in range(start, config.train.total_steps):
@@ -84,11 +117,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
             old_policy = actor()
             exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
-            if preemption.requested:
-                # Sampling takes most of a step: give this one up, it comes out the same after the restart.
-                save(step)
-                checkpoints.close()
-                log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+            # Sampling takes most of a step: a signal gives this one up, it comes out the same after the restart.
+            if stopped(step):
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
@@ -114,6 +144,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             log.write(row, summary.readable(exp, step + 1, config.train.log_groups, actor().decode))
             if final or (step + 1) % config.checkpoint.every == 0:
                 save(step + 1)
+            if not final and stopped(step + 1):
+                return False
         checkpoints.close()
     models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
     log.say(f"done: {workdir / 'policy'} is the trained policy")
@@ -133,35 +165,55 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
             f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {error}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the libraries below raise what they like, some of it over many lines
+        reason = " ".join(str(error).split())
+        raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {reason}") from error
+    # Without its files, transformers makes one that knows no text and says nothing.
+    if not tokenizer.encode("1", add_special_tokens=False):
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: no tokenizer can be read there: it makes nothing of text; is tokenizer.json there?"
+        )
     return ContextBuilder(tokenizer, config.contexts, config.data.prompt, frozenset(model_config.eos_ids))
 
 
-def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: tasks.Problems):
-    """The problems whose prompt has at most rollout.max_prompt_tokens tokens, and how many have more.
+def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: tasks.Problems, vocab_size: int):
+    """The problems whose prompt has at most rollout.max_prompt_tokens tokens, and the ids of those that have more.
 
     Raises:
       tasks.DataError: where data.too_long is "refuse", naming a problem; or where none is left.
+      ConfigError: where the tokenizer writes ids that the model does not have.
     """
     limit = config.rollout.max_prompt_tokens
-    kept, dropped = [], 0
+    kept, dropped = [], []
     for k in range(len(problems)):
         row = problems[k]
-        length = len(contexts.query(row["problem"]))
-        if length <= limit:
+        prompt = contexts.query(row["problem"])
+        if max(prompt) >= vocab_size:  # a lookup on a device would take another row and say nothing
+            raise config_lib.ConfigError(
+                f"model.path={config.model.path!r}: its tokenizer writes id {max(prompt)} for problem {row['id']!r}, "
+                f"config.json has vocab_size={vocab_size}: they belong to different models"
+            )
+        if len(prompt) <= limit:
             kept.append(row)
             continue
-        dropped += 1
+        dropped.append(row["id"])
         if config.data.too_long == "refuse":
             raise tasks.DataError(
-                f"problem {row['id']!r} has {length} prompt tokens; rollout.max_prompt_tokens={limit} "
+                f"problem {row['id']!r} has {len(prompt)} prompt tokens; rollout.max_prompt_tokens={limit} "
                 "(data.too_long=drop leaves such problems out)"
             )
     if not kept:
         raise tasks.DataError(f"none of {len(problems)} problems fits rollout.max_prompt_tokens={limit}")
     return kept, dropped
+
+
+def left_out(config: config_lib.Config, ids: list[str]) -> str:
+    """In words, how many problems were too long and which; empty where none was."""
+    if not ids:
+        return ""
+    named = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+    return f" ({len(ids)} over {config.rollout.max_prompt_tokens} prompt tokens left out: {named})"
 
 
 def cache_compilations() -> None:
@@ -173,8 +225,7 @@ def cache_compilations() -> None:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    del argv
     logging.getLogger("absl").setLevel(logging.WARNING)
     cache_compilations()
     flag = flags.FLAGS["config"]
@@ -182,15 +233,14 @@ def main(argv: list[str]) -> None:
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
     try:
         train(flags.FLAGS.config, pathlib.Path(workdir))
-    except (config_lib.ConfigError, tasks.DataError, tasks.RewardError, checkpoint.CheckpointError) as error:
+    except EXPECTED as error:
         sys.exit(f"error: {error}")
 
 
 def run() -> None:
     """Parse flags and go; the entry point of `gcpo-train`."""
-    config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "a file of configs/, with :preset if wanted")
-    flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
-    app.run(main)
+    commandline.define()
+    app.run(main, flags_parser=commandline.parse)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config
 from gcpo_jax.models.decode import decode_step, init_cache, prefill
-from gcpo_jax.models.io import load_pretrained, save_pretrained
+from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
 from gcpo_jax.models.qwen import encode, forward, init_params, shapes, unembed
 
 __all__ = [
     "ModelConfig",
     "ModelError",
+    "check_weights",
     "decode_step",
     "encode",
     "forward",

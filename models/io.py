@@ -148,6 +148,16 @@ def load_pretrained(
     return config, _nested(found)
 
 
+def check_weights(path: str | pathlib.Path) -> None:
+    """Look at the headers of a directory's weights: what load_pretrained would refuse is refused, nothing is loaded.
+
+    Raises:
+      ModelError: as load_pretrained.
+    """
+    config = read_config(path)
+    _inspect(pathlib.Path(path), config, _plan(config))
+
+
 def _inspect(path: pathlib.Path, config: ModelConfig, plan) -> dict[pathlib.Path, dict[str, str]]:
     """{file: {their name: our name for it}} after a look at the headers alone."""
     seen, faults, files = set(), [], {}

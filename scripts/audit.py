@@ -75,7 +75,7 @@ class Model:
         found = {}
         for r, hidden in self._run([row for row, _ in distinct]):
             row, start = distinct[r]
-            logits = self.network.get_output_embeddings()(hidden[start - 1 : -1]) / self.temperature
+            logits = self.network.lm_head(hidden[start - 1 : -1]) / self.temperature
             logp = torch.log_softmax(logits.double(), -1)
             found[distinct[r]] = logp.gather(1, torch.tensor(row[start:], dtype=torch.long)[:, None])[:, 0].numpy()
         for r, (row, p) in enumerate(zip(rows, prompts, strict=True)):

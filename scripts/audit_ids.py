@@ -33,7 +33,7 @@ class Step:
         self.T = arrays["candidate_ids"].shape[-1]
         self.mask = np.array([[np.arange(self.T) < len(c) for c in group] for group in self.candidates], np.float64)
         self.limit = config["rollout.max_new_tokens"]
-        self.M, self.R = a["rollout_tokens"] or self.limit, a["rollouts"] or n
+        self.M, self.R = min(a["rollout_tokens"] or self.limit, self.limit), a["rollouts"] or n
         swap = a["sampling"] == "swap"
         self.L = a["integrated"] or (n - 1 if swap else n)
         factor = np.full(B, a["causal_factor"] != "none") & (self.rewards.max(1) > self.rewards.min(1))

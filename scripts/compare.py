@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -44,14 +45,21 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> list[dict[str, Any]
 
 
 def summary(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds, with standard errors over seeds, of one preset's runs."""
+    """Means over seeds of one preset's runs, with standard errors over seeds or, of a single run, over problems."""
     result: dict[str, Any] = {"seeds": len(runs), "commits": sorted({rows[0]["commit"] for rows in runs})}
     for name in MEASURES:
-        curves = [[row[f"eval/{name}"] for row in rows if f"eval/{name}" in row] for rows in runs]
+        measured = [[row for row in rows if f"eval/{name}" in row] for rows in runs]
+        curves = [[row[f"eval/{name}"] for row in rows] for rows in measured]
+        curve = [mean_and_error(at) for at in zip(*curves, strict=True)]
+        gain = mean_and_error([c[-1] - c[0] for c in curves])
+        if len(runs) == 1:
+            errors = [row[f"eval/{name}_se"] for row in measured[0]]
+            curve = [(mean, error) for (mean, _), error in zip(curve, errors, strict=True)]
+            gain = (gain[0], math.hypot(errors[0], errors[-1]))  # as if the two were measured on different problems
         result[name] = {
-            "steps": [row["step"] for row in runs[0] if f"eval/{name}" in row],
-            "curve": [mean_and_error(at) for at in zip(*curves, strict=True)],
-            "gain": mean_and_error([c[-1] - c[0] for c in curves]),
+            "steps": [row["step"] for row in measured[0]],
+            "curve": curve,
+            "gain": gain,
             "per_seed": [(c[0], c[-1]) for c in curves],
             "per_seed_se": [[row[f"eval/{name}_se"] for row in (rows[0], rows[-1])] for rows in runs],
         }
@@ -85,23 +93,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def figure(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """Held-out pass@1 and greedy accuracy against updates, with standard errors over seeds."""
+    """Reward, held-out pass@1 and greedy accuracy against updates, with standard errors over seeds."""
     import matplotlib  # noqa: PLC0415 - an optional extra
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     plt.rcParams.update({"svg.hashsalt": "gcpo", "font.size": 9})
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, name in zip(axes, ("pass@1", "greedy"), strict=True):
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
+    curves = {"reward of the group": "reward", "held-out pass@1": "pass@1", "held-out greedy": "greedy"}
+    for axis, (title, name) in zip(axes, curves.items(), strict=True):
         for preset, r in results.items():
-            mean, error = np.array(r[name]["curve"]).T
+            points = r[name] if name == "reward" else r[name]["curve"]
+            steps = range(1, len(points) + 1) if name == "reward" else r[name]["steps"]
+            mean, error = np.array(points).T
             style = {"linewidth": 2.2} if preset in ("gcpo", "grpo") else {"linewidth": 0.9, "alpha": 0.7}
-            axis.errorbar(r[name]["steps"], mean, error, label=preset, capsize=2, **style)
+            axis.errorbar(steps, mean, error, label=preset, capsize=2, errorevery=1 if len(mean) < 10 else 5, **style)
         axis.set_xlabel("updates")
-        axis.set_title(f"held-out {name}")
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, ncol=2)
+    axes[0].legend(fontsize=7, ncol=2)
     fig.tight_layout()
     fig.savefig(path, metadata={"Date": None})
 

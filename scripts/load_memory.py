@@ -15,6 +15,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +52,7 @@ def resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
 
 
-def peak_of(work) -> tuple[int, object]:
+def peak_of(work: Callable[[], Any]) -> tuple[int, Any]:
     """(bytes by which the resident set peaked over where it stood before, what work() returns)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
     before = resident("VmRSS")

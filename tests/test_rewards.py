@@ -97,23 +97,23 @@ def test_an_answer_that_raises_names_the_completion(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [
-        (r"so \boxed{12} or \boxed{\frac{1}{2}}, done with 7", r"\frac{1}{2}"),
-        (r"\boxed{3} and then \boxed{4", "3"),
-        (r"\boxed {\{1, 2\}}", r"\{1, 2\}"),
+        (r"so \boxed{12} or \boxed{\frac{1}{2}}, done with 7", None),
+        (r"\boxed{3} and then \boxed{4", None),
+        (r"\boxed {\{1, 2\}}", r"\{1,2\}"),
         (r"\boxed{\boxed{5}}", "5"),
-        (r"\fbox{6} \boxed{ $1,234$ }.", "1234"),
+        (r"\fbox{6} \boxed{ $1,234$ }.", "6,1234"),
         (r"}} {{ \boxed{8}", "8"),
         (r"\boxed{}", None),
         ("12 apples, 1,234,567 pears.", "1234567"),
-        ("9-4", "4"),
+        ("we have 9-4", "4"),
         ("it is -4.50.", "-4.50"),
-        ("1, 2, 3", "3"),
+        ("1, 2, 3", "1,2,3"),
         ("about .5", ".5"),
-        ("no number", None),
+        ("there is no number in this", None),
         ("", None),
     ],
 )
-def test_the_answer_is_the_last_box_or_the_last_number(completion, expected):
+def test_the_answer_is_the_final_box_or_number_unless_two_contend(completion, expected):
     assert math_task.answer(completion) == expected
 
 
@@ -128,13 +128,13 @@ def test_the_answer_is_the_last_box_or_the_last_number(completion, expected):
         (r"\boxed{x^2}", "$x^2$", 1.0),
         (r"\boxed{x^2}", "x^3", 0.0),
         ("3", "2", 0.0),
-        ("two", "2", 0.0),
+        ("two", "2", 1.0),
         ("", "2", 0.0),
         ("1/0", "1/0", 1.0),
         ("9" * 5000, "2", 0.0),
     ],
 )
-def test_answers_are_compared_as_numbers_where_both_are(completion, answer, expected):
+def test_a_reward_compares_values(completion, answer, expected):
     assert math_task.reward("p", completion, {"answer": answer}) == expected
 
 

@@ -58,9 +58,10 @@ def resolve_answer(path: str) -> Answer:
     The result raises RewardError, naming the completion, where the user's function raises.
     """
     module, _ = _resolve(path)
-    function: Any = getattr(module, "answer", None)
-    if not callable(function):
+    found = getattr(module, "answer", None)
+    if not callable(found):
         return lambda completion: completion.strip() or None
+    function: Any = found
 
     def answer(completion: str) -> str | None:
         try:

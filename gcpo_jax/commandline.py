@@ -1,0 +1,81 @@
+"""The command line of the training command: read, and what is wrong with it said in one line."""
+
+import difflib
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from gcpo_jax import config as config_lib
+
+RECIPES = pathlib.Path(__file__).parent / "configs"
+
+
+def define() -> None:
+    """The two flags, --config and --workdir."""
+    config_flags.DEFINE_config_file("config", str(RECIPES / "tiny.py"), "a file of configs/, with :preset if wanted")
+    flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """The program's name, what `argv` is without its flags; whatever is wrong with them ends the program.
+
+    A recipe's own mistakes (of its Python) keep their traceback: it shows the line.
+    """
+    try:
+        _check_recipe(argv)
+        _check_names(argv)
+        program, *left = flags.FLAGS(argv)
+        if left:
+            raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
+        made = flags.FLAGS.config
+        if not isinstance(made, config_lib.Config):
+            raise config_lib.ConfigError(
+                f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, "
+                f"not {type(made).__name__}"
+            )
+    except (config_lib.ConfigError, flags.Error) as error:
+        sys.exit(f"error: {_first_cause(error)}")
+    return [program]
+
+
+def _recipe(argv: list[str]) -> str:
+    """The file and variant that --config names; empty: none is named."""
+    value = ""
+    for k, argument in enumerate(argv):
+        if argument in ("--config", "-config"):
+            value = "".join(argv[k + 1 : k + 2])
+        elif argument.startswith(("--config=", "-config=")):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _check_recipe(argv: list[str]) -> None:
+    value = _recipe(argv)
+    file = value.partition(":")[0]
+    # ml_collections would go on with an object that fails at its first use.
+    if file and not pathlib.Path(file).is_file():
+        raise config_lib.ConfigError(
+            f"--config={value!r}: there is no such file; gcpo_jax came with those in {RECIPES}"
+        )
+
+
+def _check_names(argv: list[str]) -> None:
+    known = config_lib.flatten(config_lib.Config())
+    for argument in argv[1:]:
+        dashes, dot, name = argument.partition("=")[0].partition("config.")
+        if dashes not in ("-", "--") or not dot or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise config_lib.ConfigError(f"--config.{name}: there is no such field{hint}")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The ConfigError that a chain of exceptions began with, else the last of them."""
+    cause, found = error, error
+    while cause is not None:
+        found = cause if isinstance(cause, config_lib.ConfigError) else found
+        cause = cause.__context__
+    return found

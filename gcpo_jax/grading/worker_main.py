@@ -1,0 +1,106 @@
+"""The program of one grading worker: lines of JSON [gold, answer, percent] in, true or false out. See workers.py.
+
+It loads the libraries once and forks for each question, so that one that hangs or eats memory costs itself only,
+and leaves nothing behind for the next. It is run by path, so that the user's main module does not come along.
+Nothing here or below evaluates text as code: math-verify's reader of plain expressions, which does, is not used,
+only latex2sympy2's grammar.
+"""
+
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import sys
+
+import mpmath
+from latex2sympy2_extended import latex2sympy
+from math_verify import verify
+
+from gcpo_jax.grading import equivalence, expressions, scalars, values
+
+DIGITS, PRECISION, RECURSION = 40, 110, 3000
+
+
+def symbolic(gold: str, answer: str) -> bool:
+    """Equality of two scalars, to many digits where expressions.py reads both, else by math-verify."""
+    try:
+        trees = expressions.parse(gold), expressions.parse(answer)
+    except expressions.TooLarge:
+        return False
+    except expressions.Unreadable:
+        left, right = latex2sympy(gold), latex2sympy(answer)
+        return left is not None and right is not None and verify(left, right, timeout_seconds=None)
+
+    def field() -> values.Field:
+        return values.Field(mpmath.mp, lambda value: mpmath.mpf(value.numerator) / value.denominator)
+
+    return bool(scalars.compare(*trees, field, DIGITS, PRECISION))
+
+
+def answer(question: list) -> bool:
+    """The verdict; false where the libraries give up."""
+    gold, text, percent = question
+    try:
+        return equivalence.equal(gold, text, symbolic, percent)
+    except Exception:
+        return False
+
+
+def child(question: list, reply: int, cpu_s: float, memory: int) -> None:
+    """Answers one question in a process of its own, within its limits, and ends it."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 1))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # ends the process by SIGPROF, even one that nobody waits for any more
+    os.write(reply, b"1" if answer(question) else b"0")
+    os._exit(0)
+
+
+def attempt(question: list, cpu_s: float, wall_s: float, memory: int) -> str:
+    """One question in a child process: "true", "false" (also past a limit), or "died" where something else ended it."""
+    reading, writing = os.pipe()
+    process = os.fork()  # this program has one thread
+    if process == 0:
+        try:
+            child(question, writing, cpu_s, memory)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], wall_s)
+        verdict = os.read(reading, 1) if ready else b"0"
+        if not ready:
+            os.kill(process, signal.SIGKILL)
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(process, 0)
+    if verdict:
+        return "true" if verdict == b"1" else "false"
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return "died" if killed else "false"
+
+
+def main() -> None:
+    """Answers until the pipe closes."""
+    cpu_s, wall_s, memory = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.setrecursionlimit(RECURSION)
+    logging.disable(logging.CRITICAL)
+    mpmath.mp.dps = PRECISION + 10
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be read as an answer
+    symbolic(
+        r"\int_0^1 x dx", r"\frac{1}{2}"
+    )  # the grammar builds its tables at its first use: here, not in each child
+    print(json.dumps("jax" in sys.modules), file=replies, flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        verdict = attempt(question, cpu_s, wall_s, memory)
+        if verdict == "died":
+            verdict = attempt(question, cpu_s, wall_s, memory)
+        print(json.dumps(verdict == "true"), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
