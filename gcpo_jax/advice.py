@@ -114,7 +114,7 @@ def _combinations(config: Config, model: ModelConfig, devices: int) -> Iterator[
                 yield merged
 
 
-def _peak(config: Config, model: ModelConfig, devices: int, seen: dict[Any, Any]) -> float | None:
+def _peak(config: Config, model: ModelConfig, devices: int, seen: dict[Any, Any]) -> int | None:
     """Of all programs, by estimate; None where mesh, model and batch sizes do not fit each other."""
     try:
         model = estimate.with_layout(config, model, partition.abstract_mesh(config.mesh, devices))

@@ -239,7 +239,7 @@ class Estimator:
         mine = call.rows / self.row_shards
         if call.program == "scorer":
             dense += 2 * mine * call.tokens * self._table()
-        seconds = self._seconds(dense, attention, 1, device)
+        seconds = self._seconds(dense, attention, 1.0, device)
         if call.program == "sampler":
             tokens = mine * call.n
             step = 2 * tokens * (c.num_layers * self._layer() + self._table())

@@ -228,7 +228,7 @@ def _batch_shapes(batch: learner.Batch) -> dict[str, list[int]]:
 
 def seconds(
     config: config_lib.Config, model_config: models.ModelConfig, device: hardware.Device, mean: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """FLOPs of one device and seconds by phase, and the calls that a phase makes."""
     estimator = estimate.Estimator(config, model_config)
     calls, batch = workload.step(config, model_config, mean)
