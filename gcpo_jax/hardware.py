@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -85,7 +86,7 @@ def parse(name: str) -> Topology:
     return Topology(name, sort, model, count, DEVICES[model])
 
 
-def compile_devices(topology: Topology) -> tuple[Sequence[jax.Device] | None, str]:
+def compile_devices(topology: Topology) -> tuple[Sequence[Any] | None, str]:
     """Devices to compile for, without using them, and the compiler's name; None and why not where there is none.
 
     libtpu compiles for slices that this machine does not have; a GPU program is compiled where such GPUs are.
@@ -97,7 +98,7 @@ def compile_devices(topology: Topology) -> tuple[Sequence[jax.Device] | None, st
         devices = jax.devices("cpu")
         if len(devices) < topology.count:
             raise ConfigError(f"--topology={topology.name!r}: JAX was started with {len(devices)} CPU devices")
-        return devices[: topology.count], f"jaxlib {jax.lib.__version__}"
+        return devices[: topology.count], f"jaxlib {importlib.metadata.version('jaxlib')}"
     if topology.sort == "gpu":
         try:
             devices = [d for d in jax.devices("gpu") if d.device_kind.startswith(topology.device.kinds)]
@@ -105,7 +106,7 @@ def compile_devices(topology: Topology) -> tuple[Sequence[jax.Device] | None, st
             devices = []
         if len(devices) < topology.count:
             return None, f"no {topology.count} {topology.model} here to compile for"
-        return devices[: topology.count], f"jaxlib {jax.lib.__version__} on {devices[0].device_kind}"
+        return devices[: topology.count], f"jaxlib {importlib.metadata.version('jaxlib')} on {devices[0].device_kind}"
     try:
         libtpu = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

@@ -69,7 +69,7 @@ def _place(tree: Any, shardings: Any) -> Any:
 
 
 def compile_update(
-    config: config_lib.Config, model_config: models.ModelConfig, batch: learner.Batch, device: jax.Device
+    config: config_lib.Config, model_config: models.ModelConfig, batch: learner.Batch, device: Any
 ) -> Bytes:
     """Of learner.make_update on the state and such a batch; `device` is used where there is no mesh."""
     layout = model_config.layout
@@ -83,7 +83,7 @@ def compile_update(
 
 
 def compile_call(
-    config: config_lib.Config, model_config: models.ModelConfig, call: workload.Call, device: jax.Device
+    config: config_lib.Config, model_config: models.ModelConfig, call: workload.Call, device: Any
 ) -> Bytes:
     """Of the sampler's or the scorer's own jitted function on arrays of a call's shapes."""
     layout, rollout = model_config.layout, config.rollout
