@@ -13,13 +13,30 @@ candidate, so its tokens can be scored unchanged in either.
 import bisect
 import dataclasses
 import functools
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import transformers
 
 from gcpo_jax import config as config_lib
 
 Ids = list[int]
 _HOLE = "\ue000"  # private use: marks where ids go in a text that is tokenised in pieces around it
+
+
+def read_tokenizer(path: str | pathlib.Path) -> Any:
+    """The tokenizer of a Hugging Face directory; whatever transformers raises where there is none.
+
+    Of a directory whose model_type is qwen2, AutoTokenizer keeps the vocabulary and puts Qwen2's own splitting of text
+    in place of tokenizer.json's, also where tokenizer_config.json names the class that reads that file as it is.
+    """
+    settings = pathlib.Path(path) / "tokenizer_config.json"
+    named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.exists() else None
+    plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    reader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+    return reader.from_pretrained(str(path), local_files_only=True)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,6 @@ import pathlib
 import sys
 
 import jax
-import transformers
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -30,7 +29,7 @@ from gcpo_jax import (
     tasks,
 )
 from gcpo_jax import config as config_lib
-from gcpo_jax.contexts import ContextBuilder
+from gcpo_jax.contexts import ContextBuilder, read_tokenizer
 
 # What the command ends with as one line; anything else is a mistake of the program's and keeps its traceback.
 EXPECTED = (
@@ -165,7 +164,7 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
             f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = read_tokenizer(path)
     except Exception as error:  # the libraries below raise what they like, some of it over many lines
         reason = " ".join(str(error).split())
         raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {reason}") from error

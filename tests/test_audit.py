@@ -215,7 +215,7 @@ def list_the_target(arrays):
     [
         (edit("prompt_ids", 2, other), {"logp", "context_ids/query"}),
         (swap_first_two("prompt_ids"), {"logp", "context_ids/query"}),
-        (edit("candidate_ids", 0, other), {"logp", "loss"}),
+        (edit("candidate_ids", 0, other), {"logp"}),
         (edit("candidate_ids", 0, lambda _: 5), {"candidate_ids"}),
         (edit("integrated_ids", 0, lambda _: 5), {"integrated_ids"}),
         (swap_first_two("integrated_ids"), {"context_ids"}),

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, t
 from tokenizers import models as token_models
 
 from gcpo_jax.config import ConfigError, Contexts
-from gcpo_jax.contexts import ContextBuilder
+from gcpo_jax.contexts import ContextBuilder, read_tokenizer
 from gcpo_jax.rollout import _Listing
 
 CHATML = (
@@ -244,3 +244,15 @@ def test_a_real_vocabulary_tokenises_contexts_as_whole_texts():
     # Where a candidate ends in a stop, its line break merges with it in a whole text; nothing else may differ.
     assert abs(len(ids) - len(tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False))) <= 2
     assert np.all(np.array(ids) < len(tokenizer))
+
+
+def test_a_directory_that_names_the_plain_class_is_tokenised_as_its_tokenizer_json_says(tmp_path):
+    core = Tokenizer(token_models.WordLevel({"<unk>": 0, " ": 1, "a": 2, "\n": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.encode("a  a\n\na", add_special_tokens=False) == [2, 1, 1, 2, 3, 3, 2]
+    assert len(tokenizer) == 4

@@ -157,9 +157,9 @@ def test_smollm2_equals_transformers(tmp_path):
     np.testing.assert_allclose(ours[0], logits, atol=2e-3)
     np.testing.assert_allclose(ours[1], hidden, atol=2e-3)
     with torch.no_grad():
-        theirs = reference.generate(torch.tensor(tokens, dtype=torch.long), do_sample=False, max_new_tokens=24)
+        theirs = reference.generate(torch.tensor(tokens, dtype=torch.long), do_sample=False, max_new_tokens=12)
     [[(greedy, _)]] = sampler.generate(
-        config, params, tokens.tolist(), max_new_tokens=24, temperature=0.0, eos_ids=config.eos_ids
+        config, params, tokens.tolist(), max_new_tokens=12, temperature=0.0, eos_ids=config.eos_ids
     )
     assert greedy == theirs[0, tokens.shape[1] :].tolist()
     models.save_pretrained(tmp_path / "m", config, params, source=directory)

@@ -52,7 +52,14 @@ def test_logprobs_entropies_and_gradients_equal_the_naive_ones(params, tokens, c
 
     def ours(params):
         out = scorer.completion_logprobs(
-            CONFIG, params, jnp.asarray(tokens), jnp.asarray(PROMPT_LENGTHS), jnp.asarray(LENGTHS), T, temperature, True
+            CONFIG,
+            params,
+            jnp.asarray(tokens),
+            jnp.asarray(PROMPT_LENGTHS),
+            jnp.asarray(LENGTHS),
+            T,
+            temperature,
+            "full",
         )
         return jnp.sum(out[0] * weights), out
 
