@@ -90,7 +90,7 @@ class Sizes(Protocol):
 class Layout:
     """How one model's arrays lie on one mesh. Hashable, so that it can be a static argument of jax.jit."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Any  # a Mesh; or an AbstractMesh, for shapes alone
     whole: frozenset[str]  # names of axes that the mesh does not divide and that every device therefore holds whole
 
     @property
