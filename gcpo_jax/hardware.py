@@ -27,10 +27,11 @@ class Device:
     link: float  # to its neighbours, all links together, byte/s
 
 
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory as the compiler's own limit, a little under the sheet's.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory as libtpu's compiler names its limit, a little under the
+# sheet's. A v4 chip is two devices to that compiler, so no v4 slice is planned for: only its peak is of use here.
 # GPUs: the data sheets of A100 (80GB SXM, 40GB SXM), H100 SXM and H200 SXM; memory as the driver reports it.
 DEVICES = {
-    "v4": Device(("TPU v4",), 30.75 * GIB, 275e12, 1.228e12, 300e9),
+    "v4": Device(("TPU v4",), 30.5 * GIB, 275e12, 1.228e12, 300e9),
     "v5e": Device(("TPU v5 lite", "TPU v5e"), 15.75 * GIB, 197e12, 0.819e12, 200e9),
     "v5p": Device(("TPU v5", "TPU v5p"), 95.74 * GIB, 459e12, 2.765e12, 600e9),
     "v6e": Device(("TPU v6 lite", "TPU v6e"), 31.25 * GIB, 918e12, 1.64e12, 448e9),
@@ -77,10 +78,10 @@ def parse(name: str) -> Topology:
         sort, model, count = "tpu", tpu[1], math.prod(map(int, tpu[2].split("x")))
     elif gpu:
         sort, model, count = "gpu", gpu[2], int(gpu[1])
-    known = [m for m in DEVICES if m.startswith("v") == (sort == "tpu")]
+    known = [m for m in DEVICES if m.startswith("v") == (sort == "tpu") and m != "v4"]
     if not count or model not in known:
         raise ConfigError(
-            f"--topology={name!r}: must be a TPU slice such as v5p:4x4x4 (of v4, v5e, v5p, v6e), "
+            f"--topology={name!r}: must be a TPU slice such as v5p:4x4x4 (of v5e, v5p, v6e), "
             f"gpu:COUNTxMODEL with one of {', '.join(m for m in DEVICES if not m.startswith('v'))}, cpu or cpu:COUNT"
         )
     return Topology(name, sort, model, count, DEVICES[model])

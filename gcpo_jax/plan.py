@@ -46,14 +46,19 @@ def compiled_bytes(lowered: jax.stages.Lowered) -> Bytes:
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(int(float(used[1]) * {"M": 1 << 20, "G": GIB, "T": 1 << 40}[used[2]])) from None
+        raise OutOfMemory(_used(str(error))) from None
     if memory is None:
         raise RuntimeError("the compiler does not say what memory its program needs")
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Bytes(memory.argument_size_in_bytes, max(0, outputs), memory.temp_size_in_bytes)
+
+
+def _used(message: str) -> int:
+    """The bytes that a compiler's message says the program would have needed; 0 where it does not say."""
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else 0
 
 
 def _place(tree: Any, shardings: Any) -> Any:
@@ -182,7 +187,7 @@ def plan(
             "caches": needed.caches,
             "temp": needed.temp - needed.caches,
             "beside": beside,  # what else lies on the device while it runs
-            "peak": (needed.total if refused is None else refused) + beside,
+            "peak": (needed.total if refused is None else max(refused, guess.total)) + beside,
             "estimated_peak": guess.total + beside,
             "refused_by_compiler": refused is not None,
             "compile_s": round(time.perf_counter() - began, 1) if devices is not None else None,

@@ -3,8 +3,10 @@
 import collections
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from gcpo_jax import (
     advice,
@@ -227,7 +230,9 @@ def test_a_topology_is_so_many_devices_of_a_model(name, model, count):
     assert (hardware.parse(name).model, hardware.parse(name).count) == (model, count)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "gpu:8xK80", "gpu:0xH200", "tpu", "cpu:0", "gpu:2xv5p", "v5p:4"])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v4:2x2x1", "gpu:8xK80", "gpu:0xH200", "tpu", "cpu:0", "gpu:2xv5p", "v5p:4"]
+)
 def test_a_topology_that_nobody_knows_is_refused_with_those_that_are(name):
     with pytest.raises(ConfigError, match="v5p:4x4x4"):
         hardware.parse(name)
@@ -245,6 +250,26 @@ def test_published_sizes_have_the_published_number_of_parameters(name, size):
     assert sum(x.size for x in jax.tree.leaves(models.shapes(ARCHITECTURES[name]))) == size
 
 
+@pytest.mark.parametrize(
+    ("message", "used"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 15.75G hbm.", 33.5 * (1 << 30)),
+        ("the total memory required for HLO temporaries (512.00G) exceeds available HBM (95.74G).", 1 << 39),
+        ("out of memory", 0),
+    ],
+)
+def test_what_the_compiler_would_have_needed_is_read_from_its_message(message, used):
+    assert plan._used(message) == used
+
+
+def test_a_program_that_the_tpu_compiler_refuses_is_too_large_and_not_an_error():
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with gcpo_jax[tpu]")
+    devices, _ = hardware.compile_devices(hardware.parse("v5e:2x2"))
+    square = jax.ShapeDtypeStruct((1 << 18, 1 << 18), jnp.float32, sharding=SingleDeviceSharding(devices[0]))
+    with pytest.raises(plan.OutOfMemory, match=r"768\.0 GiB"):
+        plan.compiled_bytes(jax.jit(jnp.matmul).lower(square, square))
+
+
 def test_a_tpu_slice_that_is_not_here_is_compiled_for():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with gcpo_jax[tpu]")
     c = config((1, 2, 2))
@@ -252,3 +277,24 @@ def test_a_tpu_slice_that_is_not_here_is_compiled_for():
     with jax.numpy_dtype_promotion("standard"):
         found = plan.plan(c, MODEL, topology)
     assert found["method"] == "compiled" and "libtpu" in found["compiler"] and found["fits"]
+
+
+def rows_of_the_page() -> list[tuple[str, str, str, str]]:
+    """(recipe, topology, flags, plan) of docs/hardware.md."""
+    text = (ROOT / "docs" / "hardware.md").read_text()
+    found = re.findall(r"^\| (7B|1\.5B) \| [^|`]*(?:`([^`]+)` )?\| ([^|]*) \| \[json\]\(results/(\S+)\)", text, re.M)
+    return [("qwen7b" if size == "7B" else "qwen1_5b", *rest) for size, *rest in found]
+
+
+@pytest.mark.parametrize(("recipe", "topology", "flags", "file"), rows_of_the_page())
+def test_every_recipe_of_the_page_fits_with_the_flags_that_stand_there(recipe, topology, flags, file):
+    found = json.loads((ROOT / "docs" / "results" / file).read_text())
+    given = dict(re.findall(r"--config\.([\w.]+)=(\d+)", flags))
+    c = importlib.import_module(f"gcpo_jax.configs.{recipe}").get_config("gcpo")
+    settings = config_lib.flatten(advice.changed(c, {name: int(value) for name, value in given.items()}))
+    planned = ("mesh.", "rollout.", "algorithm.", "learner.", "contexts.", "model.dtype", "model.remat")
+    assert {k: v for k, v in settings.items() if k.startswith(planned)}.items() <= found["settings"].items()
+    assert found["fits"] and found["headroom"] >= 0.08
+    assert topology in ("", found["topology"]) and found["method"] == (
+        "estimated" if "gpu" in found["topology"] else "compiled"
+    )
