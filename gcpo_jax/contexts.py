@@ -35,6 +35,8 @@ def read_tokenizer(path: str | pathlib.Path) -> Any:
     settings = pathlib.Path(path) / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.exists() else None
     plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    if plain and not (pathlib.Path(path) / "tokenizer.json").exists():
+        raise FileNotFoundError("tokenizer_config.json names the class that reads it, but is tokenizer.json there?")
     reader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
     return reader.from_pretrained(str(path), local_files_only=True)
 
