@@ -93,6 +93,8 @@ def _combinations(config: Config, model: ModelConfig, devices: int) -> Iterator[
     for size in (rollout.max_rows // 4, rollout.max_rows // 16):
         if size >= rollout.group_size:
             single.append({"rollout.max_rows": size})
+    if config.evaluation.samples > rollout.group_size:
+        single.append({"evaluation.samples": rollout.group_size})
     for tensor in (1, 2, 4, 8):
         for fsdp in _fsdp_sizes(model, devices // tensor) if devices % tensor == 0 else []:
             change = {"mesh.data": devices // tensor // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
@@ -121,11 +123,12 @@ def _peak(config: Config, model: ModelConfig, devices: int, seen: dict[Any, Any]
     except ConfigError:
         return None
     estimator = estimate.Estimator(config, model)
-    at = (config.rollout.max_rows, config.learner.micro_batch, estimator.row_shards)
+    at = (config.rollout.max_rows, config.evaluation.samples, config.learner.micro_batch, estimator.row_shards)
     if at not in seen:
-        seen[at] = workload.step(config, model)
+        calls, batch = workload.step(config, model)
+        seen[at] = {*calls, *workload.evaluation(config, model)}, batch
     calls, batch = seen[at]
     needs = estimate.resident(config, model)
     total, copy = sum(needs.values()), estimate.local_bytes(estimate.models.shapes(model), model.layout)
-    update = estimator.update(batch).total + needs["sampling copy"] + needs["reference"]
-    return max(update, *(estimator.call(call).total + total - copy for call in set(calls)))
+    update = estimator.update(batch).total + needs["reference"]
+    return max(update, *(estimator.call(call).total + total - copy for call in calls))

@@ -29,7 +29,7 @@ ASSUMPTIONS = (
     f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
     f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
     "a decoded token reads the device's parameters and its whole caches; a call decodes until its longest row ends",
-    "rewards, logging and checkpoints take no time",
+    "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
     "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
@@ -83,7 +83,7 @@ def abstract_state(config: Config, model_config: models.ModelConfig) -> learner.
 
 
 def resident(config: Config, model_config: models.ModelConfig) -> dict[str, int]:
-    """What lies on a device through the whole step: state, the sampling policy's copy, the frozen reference."""
+    """What lies on a device between programs: state, frozen reference and, until the update, the sampling policy."""
     state, layout = abstract_state(config, model_config), model_config.layout
     copy = local_bytes(models.shapes(model_config), layout)
     return {

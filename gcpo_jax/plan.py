@@ -6,9 +6,11 @@ run itself, lowered for arrays that do not exist; see compile_call and compile_u
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import config_flags
 
-from gcpo_jax import advice, estimate, hardware, learner, models, partition, sampler, scorer, workload
+from gcpo_jax import advice, estimate, hardware, learner, models, partition, provenance, sampler, scorer, workload
 from gcpo_jax import config as config_lib
 from gcpo_jax.estimate import Bytes
 from gcpo_jax.hardware import GIB
@@ -161,6 +163,7 @@ def plan(
     model_config = estimate.with_layout(config, model, mesh)
     estimator = estimate.Estimator(config, model_config)
     calls, batch = workload.step(config, model_config)
+    calls += workload.evaluation(config, model_config)
     needs = estimate.resident(config, model_config)
     copy = estimate.local_bytes(models.shapes(model_config), model_config.layout)
 
@@ -168,7 +171,7 @@ def plan(
     for name, call in ({"update": None} | largest(calls, estimator)).items():
         began, began_cpu = time.perf_counter(), time.process_time()
         guess = estimator.update(batch) if call is None else estimator.call(call)
-        beside = needs["sampling copy"] + needs["reference"] if call is None else sum(needs.values()) - copy
+        beside = needs["reference"] if call is None else sum(needs.values()) - copy
         needed, refused = guess, None
         if devices is not None:
             say(f"compiling {name} for {topology.name}")
@@ -258,7 +261,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['topology']}: {report['devices']} devices of {memory / GIB:.1f} GiB, mesh {mesh}",
         f"{report['parameters'] / 1e9:.2f}e9 parameters; memory {how}",
         "",
-        f"on each device through the whole step, {unit}",
+        f"on each device between programs, {unit}",
         *(f"  {name:<34}{size / size_of:8.2f}" for name, size in report["resident"].items()),
         "",
         f"{f'program, {unit}':<22}{'arguments':>10}{'caches':>8}{'temp':>8}{'outputs':>9}{'beside':>8}{'peak':>8}",
@@ -305,6 +308,7 @@ def main(argv: list[str]) -> None:
     """The command; it exits with 1 where the run does not fit."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.getLogger("absl").setLevel(logging.WARNING)
     config, values = flags.FLAGS.config, flags.FLAGS
     recipe = str(config_flags.get_config_filename(flags.FLAGS["config"])).partition(":")[0]
     try:
@@ -323,7 +327,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     print(table(report))
     if values.json:
-        pathlib.Path(values.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        made = provenance.made("python -m gcpo_jax.plan " + shlex.join(sys.argv[1:]))
+        pathlib.Path(values.json).write_text(json.dumps(made | report, indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if report["fits"] else 1)
 
 
@@ -333,7 +338,7 @@ def run() -> None:
     flags.DEFINE_string("topology", "cpu", "v5p:4x4x4, v5e:8x8, gpu:8xA100-80GB, cpu, ...")
     flags.DEFINE_string("model", "", "plan for a published model's sizes: " + ", ".join(ARCHITECTURES))
     flags.DEFINE_string("json", "", "write the plan to this file too")
-    flags.DEFINE_integer("mean_tokens", None, "tokens of a completion on average; default half of max_new_tokens")
+    flags.DEFINE_integer("mean_tokens", None, "tokens of a completion on average; default half of max_new_tokens", 1)
     flags.mark_flag_as_required("config")
     app.run(main)
 

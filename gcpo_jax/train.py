@@ -121,6 +121,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
+            del old_policy  # its copy of the parameters need not lie beside the update
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 for inner in range(mu):

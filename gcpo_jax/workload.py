@@ -1,7 +1,7 @@
 """Which device calls a step makes, found by running the step itself with an actor that only notes what is asked of it.
 
 rollout.collect and learner.make_batch are the real ones; prompts, candidates and contexts are zeros of the lengths in
-question, rewards alternate so that every group is active.
+question, rewards alternate so that every group is active. An evaluation's calls stand here as evaluate.accuracy makes them.
 """
 
 import contextlib
@@ -27,14 +27,13 @@ FRAME_TOKENS, HEADING_TOKENS = 128, 12
 class Call:
     """One call of a device program, with its padded shapes."""
 
-    phase: str  # "sample" | "integrate" | "contexts" | "score"
+    phase: str  # "sample" | "integrate" | "contexts" | "score" | "evaluate"
     program: str  # "sampler" | "scorer" | "hidden"
     rows: int  # prompts of the sampler, else rows
     width: int  # padded tokens of the prompt, or of prompt and completion
     n: int = 1  # completions of a prompt
     tokens: int = 0  # T, the most that are generated; or the completion's columns that are scored
     steps: int = 0  # decoded until the longest row ended
-    reference: bool = False
 
 
 class Contexts(ContextBuilder):
@@ -76,7 +75,7 @@ class _Phases(Timers):
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder(rollout.Actor):
-    """An Actor that computes nothing. `params` is {"reference": True} in the frozen reference's place."""
+    """An Actor that computes nothing."""
 
     phases: _Phases
     calls: list[Call]
@@ -88,7 +87,7 @@ class _Recorder(rollout.Actor):
         return 1 if self.model_config.layout is None else self.model_config.layout.row_shards
 
     def _note(self, program: str, **shapes) -> None:
-        self.calls.append(Call(self.phases.now, program, reference=bool(self.params), **shapes))
+        self.calls.append(Call(self.phases.now, program, **shapes))
 
     def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key) -> Samples:
         size = (len(prompts), n)
@@ -118,6 +117,10 @@ class _Recorder(rollout.Actor):
         return [""] * len(completions)
 
 
+def _recorder(config: Config, model_config: models.ModelConfig, mean: int | None) -> _Recorder:
+    return _Recorder(config, model_config, {}, Contexts(config), _Phases(), [], mean, np.random.default_rng(0))
+
+
 def step(config: Config, model_config: models.ModelConfig, mean: int | None = None) -> tuple[list[Call], learner.Batch]:
     """The device calls of one step before its update, and the update's batch.
 
@@ -125,11 +128,20 @@ def step(config: Config, model_config: models.ModelConfig, mean: int | None = No
       mean: tokens of a completion on average, uniform between 1 and twice that; None: every completion is as long as
         it may be, which is what memory must be enough for.
     """
-    phases = _Phases()
-    actor = _Recorder(config, model_config, {}, Contexts(config), phases, [], mean, np.random.default_rng(0))
+    actor = _recorder(config, model_config, mean)
     outcome = itertools.cycle((0.0, 1.0))
     problems = [{"id": str(b), "problem": ""} for b in range(config.rollout.queries)]
-    experience = rollout.collect(actor, lambda prompt, completion, row: next(outcome), problems, 0, phases)
-    with phases("score"):
-        batch = learner.make_batch(actor, {"reference": True} if learner.uses_reference(config) else None, experience)
+    experience = rollout.collect(actor, lambda prompt, completion, row: next(outcome), problems, 0, actor.phases)
+    with actor.phases("score"):
+        batch = learner.make_batch(actor, {} if learner.uses_reference(config) else None, experience)
     return actor.calls, batch
+
+
+def evaluation(config: Config, model_config: models.ModelConfig) -> list[Call]:
+    """The device calls of an evaluation on as many problems as it may have, every completion as long as it may be."""
+    actor = _recorder(config, model_config, None)
+    prompts = [actor.contexts.query("")] * config.evaluation.problems
+    with actor.phases("evaluate"):
+        for n in (config.evaluation.samples, 1):
+            actor.sample(prompts, n, config.rollout.max_new_tokens, None)
+    return actor.calls

@@ -162,7 +162,8 @@ def test_the_plan_compiles_the_real_programs_and_says_what_lies_where():
     assert found["parameters"] == sum(x.size for x in jax.tree.leaves(models.shapes(MODEL)))
     update, *calls = found["programs"]
     assert {row["program"] for row in calls} == {
-        "sample: sampler", "integrate: sampler", "contexts: sampler", "score: hidden", "score: scorer"
+        "sample: sampler", "integrate: sampler", "contexts: sampler", "score: hidden", "score: scorer",
+        "evaluate: sampler",
     }  # fmt: skip
     state = found["resident"]["parameters"] + found["resident"]["optimizer"] + found["batch"]
     assert abs(update["arguments"] / state - 1) < 0.02
