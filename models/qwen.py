@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
+from gcpo_jax.models.attention import causal_attention
 from gcpo_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -167,17 +168,6 @@ def final_norm(c: ModelConfig, params: Params, x):
     return rms_norm(x, params["final_norm"]["weight"], c.rms_eps)
 
 
-def attention(q, k, v, mask):
-    """q[..., Q, K, G, A], k and v[..., S, K, A] -> [..., Q, K, G, A]; softmax in float32.
-
-    mask broadcasts to [..., K, G, Q, S].
-    """
-    scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("...kgqs,...ska->...qkga", weights, v)
-
-
 def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
     """The layer with what `remat` names computed again in the backward pass; loops need no guard against merging."""
     if remat == "full":
@@ -196,12 +186,9 @@ def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep
     """Hidden states [R, S, D] after the final norm and, if asked for, every layer's keys and values [L, R, K, S, A]."""
     R, S = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(S)[None, :], (R, S))
-    causal = jnp.tril(jnp.ones((S, S), bool))[None, :, :]
-    visible = causal & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
 
     def attend(q, k, v):
-        heads = attention(q, k, v, visible[:, None, None])
-        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
     def layer(x, layer_params):
         if c.layout is not None:
