@@ -1,8 +1,8 @@
 """Train state, optimizer and the jitted update.
 
-N = B * n rows of queries and candidates, S tokens a row, T completion tokens; M targets of KL', G contexts of each
-that carry gradient. One batch is one pytree of arrays; micro-batches of whole groups are differentiated in turn and
-their gradients added, exactly, because every token's weight in the loss is known beforehand.
+N = B * n candidates of T tokens, in E = N / m entries of m that share a prompt of P tokens; M targets of KL', with G
+contexts of X tokens that carry gradient each. One batch is one pytree of arrays; micro-batches of whole groups are
+differentiated in turn and their gradients added, exactly, because every token's weight in the loss is known beforehand.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gcpo_jax import causal, models, objectives
 from gcpo_jax.batching import bucket, pad_rows
 from gcpo_jax.config import Config, Learner
-from gcpo_jax.partition import Layout, rows_at_a_time
+from gcpo_jax.partition import Layout, rows_at_a_time, rows_of_a_prompt
 from gcpo_jax.rollout import Actor, Experience
 from gcpo_jax.scorer import completion_logprobs
 
@@ -34,9 +34,10 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """A padded step of experience. Rows that only fill up the last micro-batch have weight 0."""
 
-    tokens: np.ndarray  # [N, S] query and candidate
-    prompt_lengths: np.ndarray  # [N]
-    lengths: np.ndarray  # [N]
+    prompts: np.ndarray  # [E, P]
+    prompt_lengths: np.ndarray  # [E]
+    completions: np.ndarray  # [E, m, T]
+    lengths: np.ndarray  # [E, m]
     weights: np.ndarray  # [N, T] of each token in the loss; sums to 1 with "sequence_mean"
     mask: np.ndarray  # [N, T]
     advantages: np.ndarray  # [N] B_i
@@ -52,9 +53,8 @@ class KlBatch(NamedTuple):
 
     row: np.ndarray  # [M] which row of the batch
     weight: np.ndarray  # [M] n/k; 0 for padding
-    tokens: np.ndarray  # [M, G, S'] leave-one-out context and candidate
-    prompt_lengths: np.ndarray  # [M, G]
-    lengths: np.ndarray  # [M, G]
+    contexts: np.ndarray  # [M, G, X] leave-one-out contexts
+    context_lengths: np.ndarray  # [M, G]
     weight_x: np.ndarray  # [M, G] in π(y | x_i)
     weight_phi: np.ndarray  # [M, G] in Φπ(y | x_i)
     phi_rest: np.ndarray  # [M, T] the part of Φπ(y | x_i) from contexts without gradient
@@ -125,17 +125,15 @@ def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
     """
     config = actor.config
     a, n, T = config.algorithm, config.rollout.group_size, config.rollout.max_new_tokens
-    groups = rows_at_a_time(config) // n
+    rows, m = rows_at_a_time(config), rows_of_a_prompt(config, actor.model_config.layout)
     real = len(exp.prompts) * n
-    N = -(-len(exp.prompts) // groups) * groups * n
+    N = -(-real // rows) * rows
     prompts = [p for p in exp.prompts for _ in range(n)]
     candidates = [c for group in exp.candidates.tokens for c in group]
     T = min(T, bucket(max(map(len, candidates))))
-    rows = [[*p, *c] for p, c in zip(prompts, candidates, strict=True)]
-    tokens, lengths = pad_rows(rows, N, bucket(max(map(len, rows))))
-    prompt_lengths = np.ones(N, np.int32)
-    prompt_lengths[:real] = [len(p) for p in prompts]
-    mask = (np.arange(T)[None, :] < (lengths - prompt_lengths)[:, None]).astype(np.float32)
+    completions, lengths = pad_rows(candidates, N, T)
+    prompt_ids, prompt_lengths = pad_rows(prompts[::m], N // m, bucket(max(map(len, prompts))))
+    mask = (np.arange(T)[None, :] < lengths[:, None]).astype(np.float32)
     weights = np.zeros((N, T), np.float32)
     weights[:real] = np.asarray(
         objectives.token_weights(mask[:real].reshape(-1, n, T), a.aggregation, config.rollout.max_new_tokens)
@@ -152,9 +150,10 @@ def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
         ref_logp = fill(reference.score(prompts, candidates, T), (N, T))
     several = config.learner.updates_per_batch > 1
     return Batch(
-        tokens=tokens,
-        prompt_lengths=prompt_lengths,
-        lengths=np.maximum(lengths, 1),
+        prompts=prompt_ids,
+        prompt_lengths=np.maximum(prompt_lengths, 1),
+        completions=completions.reshape(-1, m, T),
+        lengths=lengths.reshape(-1, m),
         weights=weights,
         mask=mask,
         advantages=fill(exp.scaled_advantages.reshape(-1)),
@@ -184,8 +183,8 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
             [m for m, _ in others],
             np.array([c.weight_phi for _, c in others], np.float32)[:, None] * np.exp(logp),
         )
-    rows = [[*c.ids, *candidate[m]] for m, cs in enumerate(with_gradient) for c in cs]
-    tokens, lengths = pad_rows(rows, M * G, bucket(max(map(len, rows))))
+    rows = [c.ids for cs in with_gradient for c in cs]
+    ids, lengths = pad_rows(rows, M * G, bucket(max(map(len, rows))))
     real = len(targets)
     weight_x, weight_phi, row, weight = (
         np.zeros((M, G), np.float32),
@@ -198,8 +197,6 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     weight_phi[:real] = [[c.weight_phi for c in cs] for cs in with_gradient]
     row[:real] = [b * n + i for b, i in targets]
     weight[:real] = [exp.klc_weight[t] for t in targets]
-    prompt_lengths = np.ones(M * G, np.int32)
-    prompt_lengths[: real * G] = [len(c.ids) for cs in with_gradient for c in cs]
     old = None
     if several:
         old = np.zeros((M, G, T), np.float32)
@@ -209,9 +206,8 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     return KlBatch(
         row=row,
         weight=weight,
-        tokens=tokens.reshape(M, G, -1),
-        prompt_lengths=prompt_lengths.reshape(M, G),
-        lengths=np.maximum(lengths, 1).reshape(M, G),
+        contexts=ids.reshape(M, G, -1),
+        context_lengths=np.maximum(lengths, 1).reshape(M, G),
         weight_x=weight_x,
         weight_phi=weight_phi,
         phi_rest=phi_rest,
@@ -237,21 +233,23 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     n, layout = config.rollout.group_size, model_config.layout
 
     def update(state: TrainState, batch: Batch):
-        main = batch._replace(kl=None)
+        main, parts = batch._replace(kl=None), batch.real.shape[0] // rows_at_a_time(config)
         surrogate_of = functools.partial(surrogate, total_groups=jnp.sum(batch.real.astype(jnp.float32)) / n)
-        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, rows_at_a_time(config), layout)
+        grads, loss, (logp, sums) = accumulate(surrogate_of, state.params, main, parts, layout)
         tokens = jnp.sum(batch.mask * batch.real.astype(jnp.float32)[:, None])
         metrics = {name: jnp.sum(value) / tokens for name, value in sums.items()}
         details = {"logp": logp.reshape(batch.mask.shape)}
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
-            rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
-            size = targets_at_a_time(model_config, config)
-            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, size, layout)
+            T = batch.mask.shape[1]
+            completions, lengths = batch.completions.reshape(-1, T)[kl.row], batch.lengths.ravel()[kl.row]
+            rows = (kl, completions, lengths, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
+            parts = kl.row.shape[0] // targets_at_a_time(model_config, config)
+            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, parts, layout)
             grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
-            tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])
+            tokens = jnp.sum(batch.mask[kl.row] * jnp.sign(kl.weight)[:, None])
             metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
-            details |= {name: value.reshape(rows[2].shape) for name, value in per_token.items()}
+            details |= {name: value.reshape(-1, T) for name, value in per_token.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
         params: Any = optax.apply_updates(state.params, updates)
@@ -265,12 +263,12 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     return jax.jit(update, donate_argnums=0, in_shardings=(state, rows), out_shardings=(state, same, rows))
 
 
-def accumulate(loss, params, rows, size, layout: Layout | None = None):
-    """Sum of loss(params, part) and of its gradient over parts of `size` rows; the parts' other outputs, stacked."""
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+def accumulate(loss, params, rows, parts: int, layout: Layout | None = None):
+    """Sum of loss(params, part) and of its gradient over so many parts of the rows; the other outputs, stacked."""
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
     zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
     if layout is not None:
-        parts = layout.constrain(parts, "parts")
+        cut = layout.constrain(cut, "parts")
         shardings = layout.shardings(params)
 
     def add(total, part):
@@ -280,7 +278,7 @@ def accumulate(loss, params, rows, size, layout: Layout | None = None):
             total = (jax.lax.with_sharding_constraint(total[0], shardings), total[1])
         return total, aux
 
-    (grads, value), aux = jax.lax.scan(add, zero, parts)
+    (grads, value), aux = jax.lax.scan(add, zero, cut)
     return grads, value, aux
 
 
@@ -288,21 +286,15 @@ def _losses(model_config: models.ModelConfig, config: Config):
     """The two parts of the objective as functions of (params, some rows): their share of the loss, and what to log."""
     a, n = config.algorithm, config.rollout.group_size
 
-    def logprobs(params, tokens, prompt_lengths, lengths, width):
-        return completion_logprobs(
-            model_config,
-            cast(params, config.model.dtype),
-            tokens,
-            prompt_lengths,
-            lengths,
-            width,
-            float(config.rollout.temperature),
-            remat=config.model.remat,
-        )
+    def logprobs(params, prompts, prompt_lengths, completions, lengths):
+        params, temperature = cast(params, config.model.dtype), float(config.rollout.temperature)
+        inputs = (prompts, prompt_lengths, completions, lengths)
+        return completion_logprobs(model_config, params, *inputs, temperature, remat=config.model.remat)
 
     def surrogate(params, rows: Batch, total_groups):
         """Eq. 6: the clipped surrogate (or GVPO) and β KL."""
-        logp, entropy = logprobs(params, rows.tokens, rows.prompt_lengths, rows.lengths, rows.mask.shape[1])
+        both = logprobs(params, rows.prompts, rows.prompt_lengths, rows.completions, rows.lengths)
+        logp, entropy = (x.reshape(rows.mask.shape) for x in both)
         old_logp = jax.lax.stop_gradient(logp) if rows.old_logp is None else rows.old_logp
         sums = {"entropy": jnp.sum(entropy * rows.mask)}
         B = rows.advantages[:, None]
@@ -325,11 +317,11 @@ def _losses(model_config: models.ModelConfig, config: Config):
 
     def causal_kl(params, rows):
         """Eq. 12 and 13: κ KL' of the targets, in the context x_i."""
-        kl, weights, mask, q_logp = rows
-        M, G, _ = kl.tokens.shape
+        kl, completions, lengths, weights, mask, q_logp = rows
+        M, G, X = kl.contexts.shape
         T = mask.shape[1]
-        tokens, prompt_lengths, lengths = kl.tokens.reshape(M * G, -1), kl.prompt_lengths.ravel(), kl.lengths.ravel()
-        logp = logprobs(params, tokens, prompt_lengths, lengths, T)[0].reshape(M, G, T)
+        each = jnp.repeat(completions, G, axis=0)[:, None], jnp.repeat(lengths, G)[:, None]
+        logp = logprobs(params, kl.contexts.reshape(M * G, X), kl.context_lengths.ravel(), *each)[0].reshape(M, G, T)
         p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
         p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
         p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest

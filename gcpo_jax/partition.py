@@ -301,6 +301,16 @@ def rows_at_a_time(config: Config) -> int:
     return max(1, config.learner.micro_batch // n) * n
 
 
+def rows_of_a_prompt(config: Config, layout: Layout | None) -> int:
+    """How many of a group's n rows share the update's computation of their prompt: all, or as many as lie together.
+
+    A mesh that cuts a micro-batch into more parts than it has groups parts a group's rows; each then has the prompt.
+    """
+    n, shards = config.rollout.group_size, 1 if layout is None else layout.row_shards
+    rows = rows_at_a_time(config)
+    return next((m for m in range(n, 0, -1) if n % m == 0 and rows % (m * shards) == 0), 1)
+
+
 def put_rows(layout: Layout | None, *arrays: np.ndarray) -> tuple[Any, ...]:
     """Host arrays on the layout's mesh, cut along their leading axes; as they are where there is no mesh."""
     return arrays if layout is None else tuple(map(layout.put_rows, arrays))

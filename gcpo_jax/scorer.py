@@ -1,6 +1,7 @@
 """(prompt, completion) -> log-probability of each completion token, and final hidden states of sequences.
 
-Axes: R rows, S tokens of prompt and completion together, T completion tokens, D model width, V vocabulary.
+Axes: R rows, S tokens of a sequence, T completion tokens, D model width, V vocabulary; and B prompts of P tokens with n
+completions each.
 The pure functions here are also what the learner differentiates: one graph gives every log-probability of a run.
 """
 
@@ -23,28 +24,26 @@ TOKENS_PER_CHUNK = 1024
 def completion_logprobs(
     model_config: models.ModelConfig,
     params: dict,
-    tokens: Int[Array, "R S"],
-    prompt_lengths: Int[Array, " R"],
-    lengths: Int[Array, " R"],
-    width: int,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    completions: Int[Array, "B n T"],
+    lengths: Int[Array, "B n"],
     temperature: float = 1.0,
     remat: str = "none",
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+) -> tuple[Float[Array, "B n T"], Float[Array, "B n T"]]:
     """log π(y_j | prompt, y_<j) and the entropy (nats, no gradient) of the distribution it was drawn from.
 
+    Both are 0 from a completion's length on. The n completions of a prompt share its computation.
+
     Args:
-      tokens: prompt and completion, contiguous, right-padded.
-      prompt_lengths: at least 1; lengths: prompt and completion.
-      width: T, the columns returned; those at or beyond a row's completion length are 0.
+      prompt_lengths: at least 1.
       remat: as in models.encode.
     """
-    hidden = models.encode(model_config, params, tokens, lengths, remat=remat)
-    before = prompt_lengths[:, None] - 1 + jnp.arange(width)[None, :]
-    valid = before + 1 < lengths[:, None]
-    before = jnp.minimum(before, tokens.shape[1] - 2)
-    targets = jnp.take_along_axis(tokens, before + 1, axis=1)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    logp, entropy = _chunked(model_config, params, hidden, targets, temperature)
+    B, n, T = completions.shape
+    hidden = models.encode_shared(model_config, params, prompts, prompt_lengths, completions, remat=remat)
+    flat = hidden.reshape(B, n * T, -1), completions.reshape(B, n * T)
+    valid = jnp.arange(T)[None, None, :] < lengths[..., None]
+    logp, entropy = (x.reshape(B, n, T) for x in _chunked(model_config, params, *flat, temperature))
     return jnp.where(valid, logp, 0.0), jnp.where(valid, entropy, 0.0)
 
 
@@ -74,7 +73,7 @@ def _chunked(model_config, params, hidden, targets, temperature):
     return (x.swapaxes(0, 1).reshape(R, -1)[:, :T] for x in (logp, entropy))
 
 
-_completion_logprobs = jax.jit(completion_logprobs, static_argnames=("model_config", "width", "temperature", "remat"))
+_completion_logprobs = jax.jit(completion_logprobs, static_argnames=("model_config", "temperature", "remat"))
 
 
 @functools.partial(jax.jit, static_argnames=("model_config",))
@@ -103,18 +102,28 @@ def score(
     if any(not len(p) for p in prompts) or any(len(c) > width for c in completions):
         raise ValueError(f"every prompt needs a token and every completion at most width={width}")
     result = np.zeros((len(prompts), width), np.float32)
-    rows_of = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for r, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(r)
+    # Where every prompt has equally many completions, as a group's candidates, they share its computation.
+    counts = {len(rows) for rows in by_prompt.values()}
+    n = counts.pop() if len(counts) == 1 else 1
+    entries = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
     running = []
     layout = model_config.layout
-    for rows, size in chunks([len(r) for r in rows_of], max_rows, 1 if layout is None else layout.row_shards):
-        tokens, lengths = pad_rows([rows_of[r] for r in rows], size, bucket(max(len(rows_of[r]) for r in rows) + 1))
-        prompt_lengths = np.ones(size, np.int32)
-        prompt_lengths[: len(rows)] = [len(prompts[r]) for r in rows]
-        inputs = put_rows(layout, tokens, prompt_lengths, np.maximum(lengths, 1))
-        logp, _ = _completion_logprobs(model_config, params, *inputs, width, float(temperature))
-        running.append((rows, logp))
-    for rows, logp in running:
-        result[rows] = np.asarray(logp)[: len(rows)]
+    longest = [len(prompts[rows[0]]) + max(len(completions[r]) for r in rows) for rows in entries]
+    for part, size in chunks(longest, max(1, max_rows // n), 1 if layout is None else layout.row_shards):
+        called = [entries[e] for e in part]
+        shared, own = [prompts[rows[0]] for rows in called], [completions[r] for rows in called for r in rows]
+        ids, prompt_lengths = pad_rows(shared, size, bucket(max(map(len, shared))))
+        tokens, lengths = pad_rows(own, size * n, bucket(max(1, *map(len, own))))
+        by_entry = tokens.reshape(size, n, -1), lengths.reshape(size, n)
+        inputs = put_rows(layout, ids, np.maximum(prompt_lengths, 1), *by_entry)
+        running.append((called, _completion_logprobs(model_config, params, *inputs, float(temperature))[0]))
+    for called, logp in running:
+        rows = [r for entry in called for r in entry]
+        columns = np.asarray(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
+        result[rows, : columns.shape[1]] = columns
     return result
 
 

@@ -97,9 +97,12 @@ def summarise(
             "upsilon/effective_samples": exp.effective_samples,
         }
     row |= values | times
-    differentiated = int(batch.lengths[batch.real].sum())
+    entries = batch.lengths.any(axis=1)  # the others only fill up a micro-batch
+    differentiated = int(batch.prompt_lengths[entries].sum() + batch.lengths.sum())
     if batch.kl is not None:
-        differentiated += int(batch.kl.lengths[batch.kl.weight > 0].sum())
+        target = batch.kl.weight > 0
+        candidates = batch.lengths.ravel()[batch.kl.row[target]]
+        differentiated += int((batch.kl.context_lengths[target] + candidates[:, None]).sum())
     differentiated *= config.learner.updates_per_batch
     row["mfu"] = 6 * parameters * differentiated / times["time/update_s"] / peak_flops(config.model.dtype)
     return {name: value if value is None else float(value) for name, value in row.items()}

@@ -3,7 +3,7 @@
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config
 from gcpo_jax.models.decode import Cache, decode_step, init_cache, prefill
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
-from gcpo_jax.models.qwen import constrain, encode, forward, init_params, shapes, unembed
+from gcpo_jax.models.qwen import constrain, encode, encode_shared, forward, init_params, shapes, unembed
 
 __all__ = [
     "Cache",
@@ -13,6 +13,7 @@ __all__ = [
     "constrain",
     "decode_step",
     "encode",
+    "encode_shared",
     "forward",
     "init_cache",
     "init_params",

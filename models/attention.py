@@ -1,6 +1,7 @@
-"""Causal attention: whole, for short sequences, and in blocks, whose memory grows with the length and not its square.
+"""Attention: whole, for short sequences, and in blocks, whose memory grows with the length and not its square.
 
-Axes: R rows, S positions, K key/value heads, G queries of each, A head_dim, b positions of a block.
+Axes: R rows, Q queries, S positions, K key/value heads, G queries of each, A head_dim, b positions of a block. Where
+rows share a prompt: B prompts, n rows of each, P prompt positions, T positions of a row.
 """
 
 import functools
@@ -20,29 +21,75 @@ def causal_attention(
     """Attention of every position to itself and those before it; results at or beyond a row's length mean nothing."""
     S = q.shape[1]
     if S > WHOLE_UP_TO:
-        return in_blocks(q, k, v, BLOCK)
-    causal = jnp.tril(jnp.ones((S, S), bool))[None, :, :]
-    visible = causal & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
-    scores = jnp.einsum("rqkga,rska->rkgqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return in_blocks(q, k, v, None, BLOCK)[0]
+    visible = _causal(S)[None] & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
+    scores = _product("rqkga,rska->rkgqs", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
     return jnp.einsum("rkgqs,rska->rqkga", weights, v)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def shared_attention(
+    q: Float[Array, "B n T K G A"],
+    k: Float[Array, "B n T K A"],
+    v: Float[Array, "B n T K A"],
+    prompt_k: Float[Array, "B P K A"],
+    prompt_v: Float[Array, "B P K A"],
+    prompt_lengths: Int[Array, " B"],
+) -> Float[Array, "B n T K G A"]:
+    """Attention of every row to the prompt that it shares and, causally, to itself: one softmax over both."""
+    B, n, T, K, G, A = q.shape
+    P = prompt_k.shape[1]
+    if max(P, T) > WHOLE_UP_TO:
+        own, own_sums = in_blocks(*(x.reshape(B * n, *x.shape[2:]) for x in (q, k, v)), None, BLOCK)
+        first, sums = in_blocks(q.reshape(B, n * T, K, G, A), prompt_k, prompt_v, prompt_lengths, BLOCK)
+        own_sums, sums = own_sums.reshape(B, n, T, K, G), sums.reshape(B, n, T, K, G)
+        share = jax.nn.sigmoid(sums - own_sums)[..., None]  # of the prompt's weights in all
+        first, own = (x.reshape(q.shape).astype(jnp.float32) for x in (first, own))
+        return (share * first + (1 - share) * own).astype(v.dtype)
+    scale = A**-0.5
+    in_prompt = (jnp.arange(P)[None, :] < prompt_lengths[:, None])[:, None, None, None, None]
+    on_prompt = jnp.where(in_prompt, _product("bntkga,bpka->bnkgtp", q, prompt_k) * scale, -1e30)
+    on_own = jnp.where(_causal(T)[None, None, None, None], _product("bntkga,bnska->bnkgts", q, k) * scale, -1e30)
+    top = jnp.maximum(on_prompt.max(axis=-1, keepdims=True), on_own.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)  # cancels
+    on_prompt, on_own = jnp.exp(on_prompt - top), jnp.exp(on_own - top)
+    total = on_prompt.sum(axis=-1) + on_own.sum(axis=-1)
+    heads = jnp.einsum("bnkgtp,bpka->bntkga", on_prompt.astype(v.dtype), prompt_v)
+    heads = heads + jnp.einsum("bnkgts,bnska->bntkga", on_own.astype(v.dtype), v)
+    return (heads.astype(jnp.float32) / jnp.moveaxis(total, 4, 2)[..., None]).astype(v.dtype)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _causal(S: int):
+    return jnp.tril(jnp.ones((S, S), bool))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def in_blocks(
-    q: Float[Array, "R S K G A"], k: Float[Array, "R S K A"], v: Float[Array, "R S K A"], block: int
-) -> Float[Array, "R S K G A"]:
+    q: Float[Array, "R Q K G A"],
+    k: Float[Array, "R S K A"],
+    v: Float[Array, "R S K A"],
+    lengths: Int[Array, " R"] | None,
+    block: int,
+) -> tuple[Float[Array, "R Q K G A"], Float[Array, "R Q K G"]]:
     """The same, exactly, a block of queries against a block of keys at a time (FlashAttention, arXiv:2205.14135).
 
-    Blocks above the diagonal are never computed. The backward pass computes the weights again from their logarithmic
-    sums, and adds up the gradients of keys and values in float32.
+    Args:
+      lengths: of the keys, which every query sees all of; None: query s is position s and sees those up to itself, and
+        blocks above the diagonal are never computed.
+
+    Returns:
+      The heads, and the logarithm of each query's sum of exponential scores, by which two results can be put together.
+      The backward pass computes the weights again from it, and adds up the gradients of keys and values in float32.
     """
-    return _forward(q, k, v, block)[0]
+    heads, sums = _forward(q, k, v, lengths, block)
+    return heads, _joined(jnp.moveaxis(sums, 4, 2), q.shape[1])
 
 
 def _cut(x, block: int):
-    """[R, S, ...] -> [blocks, R, b, ...], zeros at the end; only positions that are themselves padding see those."""
+    """[R, S, ...] -> [blocks, R, b, ...], zeros at the end; nothing that counts sees those."""
     R, S = x.shape[:2]
     count = -(-S // block)
     x = jnp.pad(x, ((0, 0), (0, count * block - S), *((0, 0),) * (x.ndim - 2)))
@@ -55,17 +102,20 @@ def _joined(x, S: int):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
 
 
-def _scores(q, k, i, j):
+def _scores(q, k, i, j, lengths):
     """[R, K, G, b, b] of query block i and key block j, float32."""
     block = q.shape[1]
-    scores = jnp.einsum("rqkga,rska->rkgqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = _product("rqkga,rska->rkgqs", q, k) * q.shape[-1] ** -0.5
     at = jnp.arange(block)
-    visible = (i * block + at)[:, None] >= (j * block + at)[None, :]
-    return jnp.where(visible[None, None, None], scores, -1e30)
+    if lengths is None:
+        visible = ((i * block + at)[:, None] >= (j * block + at)[None, :])[None]
+    else:
+        visible = ((j * block + at)[None, :] < lengths[:, None])[:, None]
+    return jnp.where(visible[:, None, None], scores, -1e30)
 
 
-def _forward(q, k, v, block):
-    S, dtype = q.shape[1], v.dtype
+def _forward(q, k, v, lengths, block):
+    Q, dtype = q.shape[1], v.dtype
     q, k, v = _cut(q, block), _cut(k, block), _cut(v, block)
 
     def queries(inputs):
@@ -73,35 +123,35 @@ def _forward(q, k, v, block):
 
         def add(j, state):
             top, total, heads = state
-            scores = _scores(q_i, k[j], i, j)
+            scores = _scores(q_i, k[j], i, j, lengths)
             new_top = jnp.maximum(top, scores.max(-1))
             weights, scale = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            more = jnp.einsum("rkgqs,rska->rkgqa", weights.astype(dtype), v[j], preferred_element_type=jnp.float32)
+            more = _product("rkgqs,rska->rkgqa", weights.astype(dtype), v[j])
             return new_top, total * scale + weights.sum(-1), heads * scale[..., None] + more
 
         R, b, K, G, A = q_i.shape
         zero = jnp.zeros((R, K, G, b), jnp.float32)
         start = (zero - 1e30, zero, jnp.zeros((R, K, G, b, A), jnp.float32))
-        top, total, heads = jax.lax.fori_loop(0, i + 1, add, start)
+        top, total, heads = jax.lax.fori_loop(0, i + 1 if lengths is None else k.shape[0], add, start)
         heads = (heads / total[..., None]).astype(dtype)
         return jnp.moveaxis(heads, 3, 1), top + jnp.log(total)
 
     heads, sums = jax.lax.map(queries, (jnp.arange(q.shape[0]), q))
-    return _joined(heads, S), sums
+    return _joined(heads, Q), sums
 
 
-def _kept(q, k, v, block):
-    heads, sums = _forward(q, k, v, block)
-    return heads, (q, k, v, heads, sums)
+def _kept(q, k, v, lengths, block):
+    heads, sums = _forward(q, k, v, lengths, block)
+    return (heads, _joined(jnp.moveaxis(sums, 4, 2), q.shape[1])), (q, k, v, lengths, heads, sums)
 
 
-def _backward(block, kept, g):
-    q, k, v, heads, sums = kept
-    S, dtype = q.shape[1], v.dtype
+def _backward(block, kept, cotangents):
+    q, k, v, lengths, heads, sums = kept
+    g, g_sums = cotangents
+    Q, S, dtype = q.shape[1], k.shape[1], v.dtype
     # Of the softmax: the derivative of a weight is the weight times how far its own term lies above their mean.
-    mean = _cut(jnp.sum(g.astype(jnp.float32) * heads.astype(jnp.float32), axis=-1), block)
-    q, k, v, g = (_cut(x, block) for x in (q, k, v, g))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    mean = jnp.sum(g.astype(jnp.float32) * heads.astype(jnp.float32), axis=-1) - g_sums
+    q, k, v, g, mean = (_cut(x, block) for x in (q, k, v, g, mean))
 
     def queries(totals, inputs):
         i, q_i, g_i, mean_i, sums_i = inputs
@@ -109,20 +159,21 @@ def _backward(block, kept, g):
 
         def add(j, state):
             dq, dk, dv = state
-            weights = jnp.exp(_scores(q_i, k[j], i, j) - sums_i[..., None])
-            dweights = product("rqkga,rska->rkgqs", g_i, v[j]) - mean_i[..., None]
+            weights = jnp.exp(_scores(q_i, k[j], i, j, lengths) - sums_i[..., None])
+            dweights = _product("rqkga,rska->rkgqs", g_i, v[j]) - mean_i[..., None]
             dscores = (weights * dweights * q_i.shape[-1] ** -0.5).astype(dtype)
-            dq = dq + product("rkgqs,rska->rqkga", dscores, k[j])
-            dk = dk.at[j].add(product("rkgqs,rqkga->rska", dscores, q_i))
-            dv = dv.at[j].add(product("rkgqs,rqkga->rska", weights.astype(dtype), g_i))
+            dq = dq + _product("rkgqs,rska->rqkga", dscores, k[j])
+            dk = dk.at[j].add(_product("rkgqs,rqkga->rska", dscores, q_i))
+            dv = dv.at[j].add(_product("rkgqs,rqkga->rska", weights.astype(dtype), g_i))
             return dq, dk, dv
 
-        dq, dk, dv = jax.lax.fori_loop(0, i + 1, add, (jnp.zeros(q_i.shape, jnp.float32), *totals))
+        start = (jnp.zeros(q_i.shape, jnp.float32), *totals)
+        dq, dk, dv = jax.lax.fori_loop(0, i + 1 if lengths is None else k.shape[0], add, start)
         return (dk, dv), dq.astype(dtype)
 
     totals = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     (dk, dv), dq = jax.lax.scan(queries, totals, (jnp.arange(q.shape[0]), q, g, mean, sums))
-    return tuple(_joined(x, S).astype(dtype) for x in (dq, dk, dv))
+    return _joined(dq, Q).astype(dtype), _joined(dk, S).astype(dtype), _joined(dv, S).astype(dtype), None
 
 
 in_blocks.defvjp(_kept, _backward)

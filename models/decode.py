@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gcpo_jax.models.attention import causal_attention
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.qwen import Params, block, constrain, final_norm, run_layers
+from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 
@@ -20,7 +21,12 @@ def prefill(
     model_config: ModelConfig, params: Params, tokens: Int[Array, "B P"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], Cache]:
     """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
-    hidden, cache = run_layers(model_config, params, tokens, lengths, remat="none", keep_cache=True)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
+    cache = constrain(model_config, cache, "prompt_cache")
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 

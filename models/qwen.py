@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
-from gcpo_jax.models.attention import causal_attention
+from gcpo_jax.models.attention import causal_attention, shared_attention
 from gcpo_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -182,13 +182,8 @@ def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
     return jax.checkpoint(layer, prevent_cse=False, policy=lambda op, *_, **__: op.name != "sharding_constraint")
 
 
-def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep_cache: bool):
-    """Hidden states [R, S, D] after the final norm and, if asked for, every layer's keys and values [L, R, K, S, A]."""
-    R, S = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(S)[None, :], (R, S))
-
-    def attend(q, k, v):
-        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+def run_layers(c: ModelConfig, params: Params, tokens, positions, attend: Callable, remat: str = "none"):
+    """Hidden states [R, S, D] after the final norm, and what attend returned beside the heads, stacked by layer."""
 
     def layer(x, layer_params):
         if c.layout is not None:
@@ -196,8 +191,13 @@ def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep
         x, kept = block(c, layer_params)(x, positions, attend)
         return constrain(c, x, "hidden"), kept
 
-    x, cache = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
-    return final_norm(c, params, x), constrain(c, cache, "prompt_cache") if keep_cache else None
+    x, kept = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
+    return constrain(c, final_norm(c, params, x), "rows"), kept
+
+
+def places(tokens):
+    """Position s of every row at column s, as tokens[R, S]."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
 
 
 def encode(
@@ -212,7 +212,46 @@ def encode(
     Args:
       remat: what a backward pass computes again: "none" | "dots" (all but products with parameters) | "full".
     """
-    return run_layers(model_config, params, tokens, lengths, remat, keep_cache=False)[0]
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, lengths), None
+
+    return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
+
+
+def encode_shared(
+    model_config: ModelConfig,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    completions: Int[Array, "B n T"],
+    remat: str = "none",
+) -> Float[Array, "B n T D"]:
+    """The hidden states that predict each completion's tokens, with the prompt computed once for the n that share it.
+
+    Column j is the state of the token before token j: for the first, the prompt's last. Those from a completion's
+    length on mean nothing. Equal, gradients included, to encode on prompt and completion together, row by row.
+
+    Args:
+      lengths: of the prompts, at least 1.
+      remat: as in encode.
+    """
+    B, n, T = completions.shape
+    P = prompts.shape[1]
+    own = lengths[:, None, None] + jnp.arange(T)[None, None, :]
+    tokens = jnp.concatenate([prompts, completions.reshape(B, n * T)], axis=1)
+    positions = jnp.concatenate([places(prompts), jnp.broadcast_to(own, (B, n, T)).reshape(B, n * T)], axis=1)
+
+    def attend(q, k, v):
+        rows = (x[:, P:].reshape(B, n, T, *x.shape[2:]) for x in (q, k, v))
+        prompt = causal_attention(q[:, :P], k[:, :P], v[:, :P], lengths)
+        heads = shared_attention(*rows, k[:, :P], v[:, :P], lengths)
+        return jnp.concatenate([prompt, heads.reshape(B, n * T, *heads.shape[3:])], axis=1), None
+
+    hidden = run_layers(model_config, params, tokens, positions, attend, remat)[0]
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    first = jnp.broadcast_to(last[:, None], (B, n, 1, last.shape[-1]))
+    return jnp.concatenate([first, hidden[:, P:].reshape(B, n, T, -1)[:, :, :-1]], axis=2)
 
 
 def unembed(model_config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -29,7 +30,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import evaluate, learner, models, scorer
+from gcpo_jax import evaluate, learner, models
 from gcpo_jax.batching import pad_rows
 from gcpo_jax.contexts import ContextBuilder
 from gcpo_jax.rollout import Actor
@@ -143,14 +144,16 @@ def train(args, config, params, tokenizer):
     separator = tokenizer.convert_tokens_to_ids("<try>")
 
     def loss(params, rows):
-        tokens, starts, lengths, mask = rows
-        logp, _ = scorer.completion_logprobs(config, params, tokens, starts, lengths, mask.shape[1])
-        return -(logp * mask).sum(), None
+        tokens, lengths, mask = rows
+        logp = jax.nn.log_softmax(models.forward(config, params, tokens, lengths)[0][:, :-1])
+        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -(logp * mask[:, 1:]).sum(), None
 
     @jax.jit
     def step(params, state, batches):
-        parts = {kind: learner.accumulate(loss, params, b, CHUNK // WIDTHS[kind][0])[:2] for kind, b in batches.items()}
-        counts = {kind: b[3].sum() for kind, b in batches.items()}
+        cuts = {kind: ROWS[kind] * WIDTHS[kind][0] // CHUNK for kind in ROWS}
+        parts = {kind: learner.accumulate(loss, params, b, cuts[kind])[:2] for kind, b in batches.items()}
+        counts = {kind: b[2].sum() for kind, b in batches.items()}
         grads = jax.tree.map(lambda *x: sum(x) / sum(counts.values()), *(grads for grads, _ in parts.values()))
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, {k: v / counts[k] for k, (_, v) in parts.items()}
@@ -163,8 +166,11 @@ def train(args, config, params, tokenizer):
         tokens, lengths = pad_rows([[*c, *r] for c, r in ids], size, width)
         # Whether a combined answer ends or is followed by a try is not the model's to say.
         replies, _ = pad_rows([r for _, r in ids], size, reply)
-        mask = ((replies != separator) & (replies != config.pad_id)).astype(np.float32)
-        return tokens, np.array([len(c) for c, _ in ids], np.int32), lengths, mask
+        taught = (replies != separator) & (replies != config.pad_id)
+        mask = np.zeros((size, width), np.float32)
+        for row, (c, r), which in zip(mask, ids, taught, strict=True):
+            row[len(c) : len(c) + len(r)] = which[: len(r)]
+        return tokens, lengths, mask
 
     state, began = optimizer.init(params), time.time()
     for k in range(args.steps):

@@ -72,29 +72,29 @@ def batch(seed: int, N=16, S=24) -> learner.Batch:
     rng = np.random.default_rng(seed)
 
     def ragged(rows, width):
-        prompt = rng.integers(3, width - T, rows).astype(np.int32)
+        prompt = rng.integers(3, width, rows).astype(np.int32)
         return rng.integers(2, 40, (rows, width)).astype(np.int32), prompt
 
-    tokens, prompts = ragged(N, S)
+    prompts, prompt_lengths = ragged(N, S - T)
     completion = rng.integers(1, T + 1, N).astype(np.int32)
     mask = (np.arange(T)[None, :] < completion[:, None]).astype(np.float32)
     row = rng.permutation(N)[:8].astype(np.int32)
-    contexts, context_prompts = ragged(8, 32)
+    contexts, context_lengths = ragged(8, 32 - T)
     kl = learner.KlBatch(
         row=row,
         weight=np.full(8, 2, np.float32),
-        tokens=contexts[:, None],
-        prompt_lengths=context_prompts[:, None],
-        lengths=(context_prompts + completion[row])[:, None],
+        contexts=contexts[:, None],
+        context_lengths=context_lengths[:, None],
         weight_x=np.ones((8, 1), np.float32),
         weight_phi=np.full((8, 1), 0.5, np.float32),
         phi_rest=rng.uniform(0, 0.02, (8, T)).astype(np.float32),
         old_logp=None,
     )
     return learner.Batch(
-        tokens=tokens,
-        prompt_lengths=prompts,
-        lengths=prompts + completion,
+        prompts=prompts,
+        prompt_lengths=prompt_lengths,
+        completions=rng.integers(2, 40, (N, 1, T)).astype(np.int32),
+        lengths=completion[:, None],
         weights=mask / completion[:, None].astype(np.float32) / N,
         mask=mask,
         advantages=rng.normal(size=N).astype(np.float32),

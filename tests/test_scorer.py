@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gcpo_jax import models, scorer
+from gcpo_jax.models import attention
 
 CONFIG = models.ModelConfig(
     family="qwen2", vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -32,6 +33,14 @@ def tokens():
     return np.random.default_rng(0).integers(0, 24, (R, S)).astype(np.int32)
 
 
+def inputs(tokens):
+    """The rows of `tokens` as arguments of completion_logprobs, each with a prompt of its own."""
+    prompts, completions = np.zeros((R, 8), np.int32), np.zeros((R, 1, T), np.int32)
+    for r, (start, end) in enumerate(zip(PROMPT_LENGTHS, LENGTHS, strict=True)):
+        prompts[r, :start], completions[r, 0, : end - start] = tokens[r, :start], tokens[r, start:end]
+    return tuple(map(jnp.asarray, (prompts, PROMPT_LENGTHS, completions, (LENGTHS - PROMPT_LENGTHS)[:, None])))
+
+
 def naive(params, tokens, temperature=1.0, config=CONFIG):
     """(log-probs, entropies) [R, T] from the logits of all tokens."""
     logits, _ = models.forward(config, params, jnp.asarray(tokens), jnp.asarray(LENGTHS))
@@ -51,16 +60,8 @@ def test_logprobs_entropies_and_gradients_equal_the_naive_ones(params, tokens, c
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(R, T)).astype(np.float32))
 
     def ours(params):
-        out = scorer.completion_logprobs(
-            CONFIG,
-            params,
-            jnp.asarray(tokens),
-            jnp.asarray(PROMPT_LENGTHS),
-            jnp.asarray(LENGTHS),
-            T,
-            temperature,
-            "full",
-        )
+        out = scorer.completion_logprobs(CONFIG, params, *inputs(tokens), temperature, "full")
+        out = tuple(x[:, 0] for x in out)
         return jnp.sum(out[0] * weights), out
 
     def theirs(params):
@@ -78,8 +79,7 @@ def test_logprobs_entropies_and_gradients_equal_the_naive_ones(params, tokens, c
 
 def test_entropy_is_that_of_the_distribution_and_has_no_gradient(params, tokens):
     def total_entropy(params):
-        lengths, prompt_lengths = jnp.asarray(LENGTHS), jnp.asarray(PROMPT_LENGTHS)
-        return scorer.completion_logprobs(CONFIG, params, jnp.asarray(tokens), prompt_lengths, lengths, T)[1].sum()
+        return scorer.completion_logprobs(CONFIG, params, *inputs(tokens))[1].sum()
 
     even = jax.tree.map(jnp.zeros_like, params)
     value, grad = jax.jit(jax.value_and_grad(total_entropy))(even)
@@ -97,14 +97,18 @@ def test_no_array_of_all_tokens_logits_exists_in_the_compiled_value_or_gradient(
     V, rows, width = 4099, 8, 512  # a prime, so that no other axis is taken for the vocabulary
     config = dataclasses.replace(CONFIG, vocab_size=V, num_layers=1, tied_embeddings=True)
     shapes = jax.eval_shape(lambda: models.init_params(config))
-    ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    arguments = (shapes, jax.ShapeDtypeStruct((rows, width + 8), jnp.int32), ints, ints)
 
-    def loss(params, tokens, prompt_lengths, lengths):
-        return scorer.completion_logprobs(config, params, tokens, prompt_lengths, lengths, width)[0].sum()
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def naive_loss(params, tokens, prompt_lengths, lengths):
-        logp = jax.nn.log_softmax(models.forward(config, params, tokens, lengths)[0])
+    arguments = (shapes, ints(rows, 8), ints(rows), ints(rows, 1, width), ints(rows, 1))
+
+    def loss(params, *inputs):
+        return scorer.completion_logprobs(config, params, *inputs)[0].sum()
+
+    def naive_loss(params, prompts, prompt_lengths, completions, lengths):
+        tokens = jnp.concatenate([prompts, completions[:, 0]], axis=1)
+        logp = jax.nn.log_softmax(models.forward(config, params, tokens, prompt_lengths + lengths[:, 0])[0])
         return jnp.take_along_axis(logp, tokens[..., None], axis=-1).sum()
 
     def largest(f):
@@ -153,3 +157,42 @@ def test_bad_input_is_refused(params):
         scorer.score(CONFIG, params, [[1]], [[1]], width=2, temperature=0.0)
     with pytest.raises(ValueError, match="an empty sequence has no last token"):
         scorer.last_hidden(CONFIG, params, [[1], []])
+
+
+@pytest.mark.parametrize("whole_up_to", [2048, 4])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_completions_that_share_a_prompt_score_as_each_by_itself(params, whole_up_to, remat, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE_UP_TO", whole_up_to)  # beyond it, attention is computed in blocks
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    rng = np.random.default_rng(2)
+    prompts, completions = (jnp.asarray(rng.integers(0, 24, shape), jnp.int32) for shape in ((2, 9), (2, 3, 6)))
+    prompt_lengths, lengths = jnp.array([9, 4], jnp.int32), jnp.array([[6, 1, 4], [2, 6, 6]], jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)
+
+    def shared(params):
+        inputs = (prompts, prompt_lengths, completions, lengths)
+        return jnp.sum(weights * scorer.completion_logprobs(CONFIG, params, *inputs, 0.8, remat)[0])
+
+    def alone(params):
+        monkeypatch.setattr(attention, "WHOLE_UP_TO", 2048)
+        inputs = (
+            jnp.repeat(prompts, 3, 0),
+            jnp.repeat(prompt_lengths, 3),
+            completions.reshape(6, 1, 6),
+            lengths.reshape(6, 1),
+        )
+        return jnp.sum(weights.reshape(6, 1, 6) * scorer.completion_logprobs(CONFIG, params, *inputs, 0.8)[0])
+
+    found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (shared, alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
+def test_score_shares_prompts_and_gives_every_row_its_own(params):
+    rng = np.random.default_rng(3)
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
+    completions = [rng.integers(0, 24, k).tolist() for k in (3, 5, 1, 2, 8, 4)]
+    together = scorer.score(CONFIG, params, prompts, completions, width=T, max_rows=3)
+    for k in range(6):
+        np.testing.assert_allclose(
+            together[k], scorer.score(CONFIG, params, prompts[k : k + 1], completions[k : k + 1], width=T)[0], atol=1e-5
+        )
