@@ -66,8 +66,8 @@ class Actor:
     params: dict
     contexts: ContextBuilder
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key) -> Samples:
-        """n completions of each prompt at the run's temperature, top-k and top-p."""
+    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, alike: int = 1) -> Samples:
+        """n completions of each prompt at the run's temperature, top-k and top-p; every `alike` prompts begin alike."""
         rollout = self.config.rollout
         return sample(
             self.model_config,
@@ -81,6 +81,7 @@ class Actor:
             top_p=rollout.top_p,
             eos_ids=self.model_config.eos_ids,
             max_rows=rollout.max_rows,
+            alike=alike,
         )
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
@@ -181,7 +182,9 @@ def collect(
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
-            outputs = iter(actor.sample(flat, R, M, keys["rollouts"]).tokens)
+            # With shared sampling the contexts of a target differ in the integrated output at their end alone.
+            alike = len(exp.contexts[targets[0]]) if a.sampling == "shared" else 1
+            outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike).tokens)
             exp.rollouts = {t: [next(outputs) for _ in exp.contexts[t]] for t in targets}
     with timers("score"):
         if factor_groups:
@@ -280,14 +283,17 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
                 at += len(contexts) * len(rolled[0])
                 exp.z_x[b, i] = np.array([c.weight_x for c in contexts], np.float32) @ means
                 exp.z_phi[b, i] = np.array([c.weight_phi for c in contexts], np.float32) @ means
-    z, z_x, z_phi = exp.z[groups], exp.z_x[groups], exp.z_phi[groups]
     if a.correction == "permuted":
         # The control of the ablation: corrections of the right size that belong to other candidates.
-        noise = (z_x - z_phi).reshape(-1, D)[rng.permutation(len(groups) * n)].reshape(z.shape)
-        z_x, z_phi = noise, np.zeros_like(noise)
-        exp.z_x[groups], exp.z_phi[groups] = z_x, z_phi
-    upsilon = causal.causal_factor(z, z_x, z_phi, alpha=a.alpha, similarity=a.similarity)
+        noise = (exp.z_x - exp.z_phi)[groups].reshape(-1, D)[rng.permutation(len(groups) * n)]
+        exp.z_x[groups], exp.z_phi[groups] = noise.reshape(len(groups), n, D), 0.0
+    # Of all groups: their number is always the same, that of groups whose rewards differ is not.
+    every = np.asarray(_causal_factor(exp.z, exp.z_x, exp.z_phi, alpha=a.alpha, similarity=a.similarity))
+    upsilon = every[groups]
     exp.upsilon[groups] = np.maximum(upsilon, 0.0) if a.clip_negative else upsilon
+
+
+_causal_factor = jax.jit(causal.causal_factor, static_argnames=("alpha", "similarity"))
 
 
 def _bayes(actor, exp, lists, groups) -> None:

@@ -82,11 +82,13 @@ def sample(
     eos_ids: Sequence[int] = (),
     max_rows: int = 512,
     index: Sequence[int] | None = None,
+    alike: int = 1,
 ) -> Samples:
     """As generate, with a key. Up to `max_rows` rows run at once, and as one ends the next begins.
 
     Args:
       index: what stands for each prompt's index in its noise; by default its place in the list.
+      alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
     """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
     tokens: list[list[list[int]]] = [[] for _ in prompts]
@@ -95,28 +97,33 @@ def sample(
     layout = model_config.layout
     shards = 1 if layout is None else layout.row_shards
     index = range(len(prompts)) if index is None else index
-    for rows, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards):
-        # Every shard has its part of the prompts, and none has two more than another.
-        placed = np.full((shards, call.prompts // shards), -1)
-        placed.T.flat[: len(rows)] = rows
-        ids, lengths = pad_rows([prompts[r] if r >= 0 else [] for r in placed.flat], call.prompts, call.width)
-        real = placed.ravel() >= 0
-        number = np.array([index[r] if r >= 0 else 0 for r in placed.flat], np.int32)
+    shared = [_common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
+    for groups, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, shared):
+        # Every shard has its part of the prompts, and none has two more than another; those alike lie together.
+        placed = np.full((shards, call.prompts // shards // alike), -1)
+        placed.T.flat[: len(groups)] = groups
+        rows = [g * alike + k if g >= 0 else -1 for g in placed.flat for k in range(alike)]
+        ids, lengths = pad_rows([prompts[r] if r >= 0 else [0, 0] for r in rows], call.prompts, call.width)
+        real = np.array(rows) >= 0
+        number = np.array([index[r] if r >= 0 else 0 for r in rows], np.int32)
+        common = np.array([shared[r // alike] if r >= 0 else 1 for r in rows], np.int32)
         out = slots.run(
             model_config,
             params,
-            *put_rows(layout, ids, np.maximum(lengths, 1), number, real),
+            *put_rows(layout, ids, lengths, number, real, common),
             key,
             n=n,
             together=call.together,
             lanes=call.lanes,
+            computed=call.computed,
+            beginnings=call.beginnings,
             max_new_tokens=max_new_tokens,
             temperature=float(temperature),
             top_k=int(top_k),
             top_p=float(top_p),
             eos_ids=tuple(int(e) for e in eos_ids),
         )
-        running.append((placed.ravel(), out))
+        running.append((rows, out))
     for rows, out in running:
         drawn, logp, length = (np.asarray(x) for x in out)
         for at, row in enumerate(rows):
@@ -128,34 +135,53 @@ def sample(
 
 
 class Call(NamedTuple):
-    """The shapes of one device call."""
+    """The shapes of one device call; see slots.run."""
 
-    prompts: int  # padded
+    prompts: int  # Q, padded
     width: int  # P
-    together: int  # rows of a lane
-    lanes: int
+    together: int  # m
+    lanes: int  # B
+    computed: int  # F
+    beginnings: tuple[int, int, int]
 
 
 def calls(
-    lengths: Sequence[int], n: int, max_new_tokens: int, max_rows: int, shards: int = 1
+    lengths: Sequence[int], n: int, max_new_tokens: int, max_rows: int, shards: int, shared: Sequence[int]
 ) -> Iterator[tuple[list[int], Call]]:
-    """The device calls for prompts of these lengths, longest first: which prompts, and the shapes.
+    """The device calls for prompts of these lengths, longest first: groups of prompts that begin alike, and shapes.
 
     A call ends where prompts get half as long and it has enough of them to fill its lanes.
+
+    Args:
+      shared: tokens that the prompts of each group have in common; a group is len(lengths) / len(shared) prompts.
     """
-    order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+    alike = len(lengths) // max(1, len(shared))
+    longest = [max(lengths[g * alike : (g + 1) * alike]) for g in range(len(shared))]
+    order = sorted(range(len(shared)), key=lambda g: -longest[g])
     while order:
-        end = next(
-            (k for k, r in enumerate(order) if k * n >= max_rows and 2 * lengths[r] <= lengths[order[0]]), len(order)
-        )
-        rows, order = order[:end], order[end:]
-        prompts = count_bucket(-(-len(rows) // shards)) * shards
-        width = bucket(lengths[rows[0]])
+        first = longest[order[0]]
+        ends = (k for k, g in enumerate(order) if k * alike * n >= max_rows and 2 * longest[g] <= first)
+        end = next(ends, len(order))
+        groups, order = order[:end], order[end:]
+        prompts = count_bucket(-(-len(groups) // shards)) * shards * alike
+        width = bucket(first)
         # Rows of one prompt share its keys where all run at once or where its keys outweigh their own. In lanes of
         # their own they need not wait for each other.
         together = n if prompts * n <= max_rows or width >= max_new_tokens else 1
         lanes = max(1, min(prompts * n, max_rows) // (together * shards)) * shards
-        yield rows, Call(prompts, width, together, lanes)
+        unit = shards * alike
+        computed = min(prompts, -(-lanes * together // (n * unit)) * unit)
+        beginnings = (1, 0, 0)
+        if alike > 1:
+            own = max(max(lengths[g * alike : (g + 1) * alike]) - shared[g] for g in groups)
+            beginnings = (alike, min(width, bucket(max(shared[g] for g in groups))), min(width, bucket(own)))
+        yield groups, Call(prompts, width, together, lanes, computed, beginnings)
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of the prompts begin with, leaving each at least one."""
+    shortest = min(map(len, prompts)) - 1
+    return next((k for k in range(shortest) if len({p[k] for p in prompts}) > 1), shortest) if len(prompts) > 1 else 0
 
 
 def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows) -> None:

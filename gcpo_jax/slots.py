@@ -40,6 +40,7 @@ class Queue(NamedTuple):
     prompts: jax.Array  # [Q, P]
     lengths: jax.Array  # [Q]
     index: jax.Array  # [Q]
+    common: jax.Array  # [Q]
     total: jax.Array  # [s] entries
     taken: jax.Array  # [s] of them
     chunk: jax.Array  # [s] which F prompts are computed; -1: none yet
@@ -56,7 +57,7 @@ class Results(NamedTuple):
 
 
 # Which axis of what is in them a mesh cuts.
-_CUT: Any = (Results(0, 0, 0), Lanes(*(0,) * 9, prompt=1, own=1), Queue(*(0,) * 7, cache=1))  # pyright: ignore[reportArgumentType]
+_CUT: Any = (Results(0, 0, 0), Lanes(*(0,) * 9, prompt=1, own=1), Queue(*(0,) * 8, cache=1))  # pyright: ignore[reportArgumentType]
 
 
 def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> Callable:
@@ -80,7 +81,7 @@ def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> C
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("model_config", "n", "together", "lanes", "max_new_tokens"),
+        *("model_config", "n", "together", "lanes", "computed", "beginnings", "max_new_tokens"),
         *("temperature", "top_k", "top_p", "eos_ids"),
     ),
 )
@@ -91,11 +92,14 @@ def run(
     lengths: Int[Array, " Q"],
     index: Int[Array, " Q"],
     real: Bool[Array, " Q"],
+    common: Int[Array, " Q"],
     key: PRNGKeyArray,
     *,
     n: int,
     together: int,
     lanes: int,
+    computed: int,
+    beginnings: tuple[int, int, int],
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -107,26 +111,29 @@ def run(
     Args:
       index: of the prompt, for its noise: a row's depends on (key, index, sample) alone.
       real: False for prompts that only fill up the array, behind the real ones of a shard.
+      common: of the prompts that begin alike, how many tokens they share; see beginnings.
       together: m, samples of a prompt that share a lane and so the prompt's keys and values; divides n.
       lanes: B, a multiple of the shards.
+      computed: F, prompts computed together; a multiple of the shards.
+      beginnings: every so many prompts begin alike (1: none does); the widths of what they share and of the rest.
     """
     c, m, T, layout = model_config, together, max_new_tokens, model_config.layout
     shards = 1 if layout is None else layout.row_shards
     Q, B, per_prompt = prompts.shape[0] // shards, lanes // shards, n // m  # of one shard
     E = Q * per_prompt
     W = B if B >= E else max(1, B // 8)  # lanes refilled at once
-    F = min(Q, -(-B // per_prompt))
+    F, (alike, common_width, own_width) = computed // shards, beginnings
     ring, ends = jnp.arange(T), jnp.asarray(eos_ids, jnp.int32)
 
     def waiting(queue):
         return queue.total - queue.taken
 
-    def computed(queue):
+    def ready(queue):
         """Entries whose prompts have been computed, those that have left included."""
         return jnp.minimum(queue.total, (queue.chunk + 1) * F * per_prompt)
 
     def used_up(queue):
-        return (waiting(queue) > 0) & (queue.taken >= computed(queue))
+        return (waiting(queue) > 0) & (queue.taken >= ready(queue))
 
     def compute(queue: Queue) -> Queue:
         """The next F prompts, of the shards that need them."""
@@ -140,7 +147,12 @@ def run(
         more = used_up(queue)
         chunk = queue.chunk + more.astype(jnp.int32)
         rows_of = _over_shards(shards, rows, (0, 0), 0)
-        new = models.prefill(c, params, rows_of(chunk, queue.prompts), rows_of(chunk, queue.lengths))
+        ids, lengths, common = (rows_of(chunk, x) for x in (queue.prompts, queue.lengths, queue.common))
+        if alike == 1:
+            new = models.prefill(c, params, ids, lengths)
+        else:
+            ids, lengths = (x.reshape(-1, alike, *x.shape[1:]) for x in (ids, lengths))
+            new = models.prefill_shared(c, params, ids, lengths, common[::alike], common_width, own_width)
         hidden, cache = _over_shards(shards, replace, (0, (0, 1), (0, 1)), (0, 1))(
             more, new, (queue.hidden, queue.cache)
         )
@@ -158,7 +170,7 @@ def run(
         free = lanes.done.all(axis=-1)
         at = jnp.argsort(~free, stable=True)[:W]
         entry = queue.taken + jnp.arange(W)
-        takes = free[at] & (entry < computed(queue))
+        takes = free[at] & (entry < ready(queue))
         results = hand_over(results, lanes, at, jnp.where(takes, lanes.entry[at], E))
         at = jnp.where(takes, at, B)  # no lane: dropped
         prompt = jnp.minimum(entry // per_prompt, Q - 1)
@@ -178,7 +190,8 @@ def run(
         }
         placed = {name: getattr(lanes, name).at[at].set(value, mode="drop") for name, value in new.items()}
         cache = (
-            x.at[:, at].set(ready[:, in_chunk], mode="drop") for x, ready in zip(lanes.prompt, queue.cache, strict=True)
+            x.at[:, at].set(computed[:, in_chunk], mode="drop")
+            for x, computed in zip(lanes.prompt, queue.cache, strict=True)
         )
         queue = queue._replace(taken=queue.taken + takes.sum(dtype=jnp.int32))
         return results, lanes._replace(**placed, prompt=tuple(cache)), queue
@@ -262,6 +275,7 @@ def run(
             prompts=prompts,
             lengths=lengths,
             index=index,
+            common=common,
             total=real.reshape(shards, Q).sum(axis=1, dtype=jnp.int32) * per_prompt,
             taken=zeros(shards, dtype=jnp.int32),
             chunk=jnp.full(shards, -1, jnp.int32),

@@ -89,7 +89,7 @@ class _Recorder(rollout.Actor):
     def _note(self, program: str, **shapes) -> None:
         self.calls.append(Call(self.phases.now, program, **shapes))
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key) -> Samples:
+    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, alike: int = 1) -> Samples:
         size = (len(prompts), n)
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models.attention import causal_attention
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers
+from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers, run_shared
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 
@@ -28,6 +28,38 @@ def prefill(
     hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
     cache = constrain(model_config, cache, "prompt_cache")
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def prefill_shared(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B n P"],
+    lengths: Int[Array, "B n"],
+    common: Int[Array, " B"],
+    common_width: int,
+    own_width: int,
+) -> tuple[Float[Array, "b D"], Cache]:
+    """As prefill, b = B n prompts of which every n begin alike: what they have in common is computed once.
+
+    Args:
+      common: how many of their first tokens the n prompts share; fewer than each has.
+      common_width, own_width: columns for them, and for a prompt's other tokens; the longest decides.
+    """
+    B, n, P = tokens.shape
+    at = common[:, None, None] + jnp.arange(own_width)[None, None]
+    own = jnp.take_along_axis(tokens, jnp.minimum(at, P - 1), axis=2)
+    first = tokens[:, 0, :common_width]
+    _, hidden, caches = run_shared(model_config, params, first, common, own, "none", keep_cache=True)
+    last = jnp.take_along_axis(hidden, (lengths - common[:, None] - 1)[..., None, None], axis=2)
+
+    def place(first, own, at):  # [L, K, common_width, A], [L, K, own_width, A]
+        whole = jnp.pad(first, ((0, 0), (0, 0), (0, own_width), (0, 0)))
+        return jax.lax.dynamic_update_slice_in_dim(whole, own, at, axis=2)
+
+    each = jax.vmap(jax.vmap(place, (None, 1, None), 1), (1, 1, 0), 1)
+    joined = (each(x, y, common)[..., :P, :] for x, y in zip(*caches, strict=True))
+    cache = tuple(x.reshape(x.shape[0], B * n, *x.shape[3:]) for x in joined)
+    return last.reshape(B * n, -1), constrain(model_config, cache, "prompt_cache")
 
 
 def init_cache(model_config: ModelConfig, B: int, n: int, T: int) -> Cache:

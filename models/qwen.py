@@ -219,6 +219,31 @@ def encode(
     return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
 
 
+def run_shared(c: ModelConfig, params: Params, prompts, lengths, completions, remat: str, keep_cache: bool = False):
+    """Of prompts[B, P] and the completions[B, n, T] that follow each: hidden states [B, P, D] and [B, n, T, D].
+
+    And, if asked for, keys and values of the prompts [L, B, K, P, A] and of the completions [L, B, n, K, T, A].
+    """
+    B, n, T = completions.shape
+    P = prompts.shape[1]
+    own = lengths[:, None, None] + jnp.arange(T)[None, None, :]
+    tokens = jnp.concatenate([prompts, completions.reshape(B, n * T)], axis=1)
+    positions = jnp.concatenate([places(prompts), jnp.broadcast_to(own, (B, n, T)).reshape(B, n * T)], axis=1)
+
+    def parts(x):
+        return x[:, :P], x[:, P:].reshape(B, n, T, *x.shape[2:])
+
+    def attend(q, k, v):
+        (q, own_q), (k, own_k), (v, own_v) = map(parts, (q, k, v))
+        heads = shared_attention(own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
+        heads = jnp.concatenate([causal_attention(q, k, v, lengths), heads], axis=1)
+        cache = (k.swapaxes(1, 2), v.swapaxes(1, 2)), (own_k.swapaxes(2, 3), own_v.swapaxes(2, 3))
+        return heads, cache if keep_cache else None
+
+    hidden, cache = run_layers(c, params, tokens, positions, attend, remat)
+    return *parts(hidden), cache
+
+
 def encode_shared(
     model_config: ModelConfig,
     params: Params,
@@ -236,22 +261,10 @@ def encode_shared(
       lengths: of the prompts, at least 1.
       remat: as in encode.
     """
-    B, n, T = completions.shape
-    P = prompts.shape[1]
-    own = lengths[:, None, None] + jnp.arange(T)[None, None, :]
-    tokens = jnp.concatenate([prompts, completions.reshape(B, n * T)], axis=1)
-    positions = jnp.concatenate([places(prompts), jnp.broadcast_to(own, (B, n, T)).reshape(B, n * T)], axis=1)
-
-    def attend(q, k, v):
-        rows = (x[:, P:].reshape(B, n, T, *x.shape[2:]) for x in (q, k, v))
-        prompt = causal_attention(q[:, :P], k[:, :P], v[:, :P], lengths)
-        heads = shared_attention(*rows, k[:, :P], v[:, :P], lengths)
-        return jnp.concatenate([prompt, heads.reshape(B, n * T, *heads.shape[3:])], axis=1), None
-
-    hidden = run_layers(model_config, params, tokens, positions, attend, remat)[0]
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    first = jnp.broadcast_to(last[:, None], (B, n, 1, last.shape[-1]))
-    return jnp.concatenate([first, hidden[:, P:].reshape(B, n, T, -1)[:, :, :-1]], axis=2)
+    prompt, own, _ = run_shared(model_config, params, prompts, lengths, completions, remat)
+    last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
+    first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[3]))
+    return jnp.concatenate([first, own[:, :, :-1]], axis=2)
 
 
 def unembed(model_config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

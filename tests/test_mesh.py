@@ -218,7 +218,18 @@ def test_decoding_moves_activations_and_no_parameters():
     config = model((2, 2, 2))
     ids, lengths = np.ones((8, 16), np.int32), np.full(8, 5, np.int32)
     rows = partition.put_rows(config.layout, ids, lengths, np.arange(8, dtype=np.int32), lengths > 0)
-    how = dict(n=2, together=2, lanes=8, max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(1,))
+    how = dict(
+        n=2,
+        together=2,
+        lanes=8,
+        computed=8,
+        beginnings=(1, 0, 0),
+        max_new_tokens=4,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_ids=(1,),
+    )
     lowered = slots.run.lower(config, placed(config), *rows, jax.random.key(0), **how)
     steps = [line for line in lowered.compile().as_text().splitlines() if "jit(run)/while/body/while" in line]
     found = collectives("\n".join(steps))

@@ -62,10 +62,21 @@ def test_an_index_of_ones_own_stands_for_the_place_in_the_list(params):
 
 def test_calls_have_every_prompt_once_and_shapes_that_hold_them():
     lengths = [5] * 100 + [700] * 3 + [90] * 40
-    found = list(sampler.calls(lengths, 4, 64, 32, shards=2))
+    found = list(sampler.calls(lengths, 4, 64, 32, 2, [0] * 143))
     assert sorted(r for rows, _ in found for r in rows) == list(range(143))
     for rows, call in found:
         assert call.width >= max(lengths[r] for r in rows) and call.prompts >= len(rows)
         assert call.prompts % 2 == call.lanes % 2 == 0 and call.lanes * call.together <= 32
     assert [call.width for _, call in found] == [704, 96, 16]
     assert found[0][1].together == 4 and found[-1][1].together == 1
+
+
+def test_prompts_that_begin_alike_sample_as_each_by_itself(params):
+    first = [[3, 4, 5, 6, 7, 8, 9], [10, 11]]
+    prompts = [[*f, *own] for f in first for own in ([12], [13, 14], [13, 15, 16, 17])]
+    how = dict(key=jax.random.key(3), n=4, max_new_tokens=T, eos_ids=ENDS)
+    expected = sampler.sample(CONFIG, params, prompts, **how)
+    for max_rows in (512, 12):
+        found = sampler.sample(CONFIG, params, prompts, alike=3, max_rows=max_rows, **how)
+        assert found.tokens == expected.tokens
+        np.testing.assert_allclose(found.logprobs[5][3], expected.logprobs[5][3], atol=1e-5)
