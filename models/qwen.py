@@ -197,7 +197,7 @@ def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep
         return constrain(c, x, "hidden"), kept
 
     x, cache = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
-    return final_norm(c, params, x), constrain(c, cache, "prompt_cache") if keep_cache else None
+    return constrain(c, final_norm(c, params, x), "rows"), constrain(c, cache, "prompt_cache") if keep_cache else None
 
 
 def encode(
