@@ -1,4 +1,4 @@
-"""The command line of the training command: read, and what is wrong with it said in one line."""
+"""The commands' lines: read, and what is wrong with them said in one line."""
 
 import difflib
 import pathlib
@@ -13,7 +13,7 @@ RECIPES = pathlib.Path(__file__).parent / "configs"
 
 
 def define() -> None:
-    """The two flags, --config and --workdir."""
+    """The two flags of the training command, --config and --workdir."""
     config_flags.DEFINE_config_file("config", str(RECIPES / "tiny.py"), "a file of configs/, with :preset if wanted")
     flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
 

@@ -18,7 +18,7 @@ from gcpo_jax.hardware import Device
 from gcpo_jax.models.attention import WHOLE_UP_TO
 from gcpo_jax.partition import Layout, layout_of, rows_at_a_time
 from gcpo_jax.scorer import TOKENS_PER_CHUNK
-from gcpo_jax.workload import Call
+from gcpo_jax.workload import FRAME_TOKENS, HEADING_TOKENS, Call
 
 # Shares of the data sheet's peaks that a step is assumed to reach; none was measured.
 DENSE, ATTENTION, BANDWIDTH, LINK = 0.4, 0.1, 0.7, 0.5
@@ -28,12 +28,13 @@ ASSUMPTIONS = (
     f"dense products at {DENSE:.0%} of the peak, attention in blocks (plain XLA, no fused kernel) at {ATTENTION:.0%}",
     f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
     f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
+    f"contexts are framed by {FRAME_TOKENS} tokens and {HEADING_TOKENS} more a candidate; the problem is the longest",
     "a decoded token reads the device's parameters and its whole caches; a call decodes until its longest row ends",
     "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
     "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
-    "vocabulary tables with gradient + kept activations (remat full: L r S D b) + one layer's backward pass "
+    "vocabulary tables with gradient + kept activations (remat full: L r S D/t b) + one layer's backward pass "
     "(r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = caches + twice the prompt's keys and "
     "values + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) + 4 x a token's logits; scorer temp = one layer + "
     "logits"
@@ -170,7 +171,7 @@ class Estimator:
     def _activations(self, rows: int, S: int) -> int:
         """Bytes kept and computed while rows of S tokens are differentiated on a device."""
         c, t, tokens = self.model, self._axis("tensor"), rows * S
-        kept = c.hidden_size
+        kept = c.hidden_size // t
         if self.config.model.remat != "full":
             kept += c.hidden_size * 2 + ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size) // t
         if self.config.model.remat == "none":

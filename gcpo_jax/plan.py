@@ -6,7 +6,6 @@ run itself, lowered for arrays that do not exist; see compile_call and compile_u
 
 import dataclasses
 import json
-import logging
 import pathlib
 import re
 import runpy
@@ -18,11 +17,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import config_flags
 
-from gcpo_jax import advice, estimate, hardware, learner, models, partition, provenance, sampler, scorer, workload
+from gcpo_jax import (
+    advice,
+    commandline,
+    estimate,
+    hardware,
+    learner,
+    models,
+    partition,
+    provenance,
+    sampler,
+    scorer,
+    workload,
+)
 from gcpo_jax import config as config_lib
 from gcpo_jax.estimate import Bytes
 from gcpo_jax.hardware import GIB
@@ -306,9 +317,8 @@ def shape_of(config: config_lib.Config, name: str, recipe: str) -> models.ModelC
 
 def main(argv: list[str]) -> None:
     """The command; it exits with 1 where the run does not fit."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    del argv
+    logging.set_verbosity(logging.WARNING)
     config, values = flags.FLAGS.config, flags.FLAGS
     recipe = str(config_flags.get_config_filename(flags.FLAGS["config"])).partition(":")[0]
     try:
@@ -340,7 +350,7 @@ def run() -> None:
     flags.DEFINE_string("json", "", "write the plan to this file too")
     flags.DEFINE_integer("mean_tokens", None, "tokens of a completion on average; default half of max_new_tokens", 1)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=commandline.parse)
 
 
 if __name__ == "__main__":

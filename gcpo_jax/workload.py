@@ -1,7 +1,7 @@
 """Which device calls a step makes, found by running the step itself with an actor that only notes what is asked of it.
 
 rollout.collect and learner.make_batch are the real ones; prompts, candidates and contexts are zeros of the lengths in
-question, rewards alternate so that every group is active. An evaluation's calls are those of evaluate.accuracy.
+question, rewards alternate so that every group is active. An evaluation's calls are written out below.
 """
 
 import contextlib

@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from gcpo_jax import (
     advice,
     estimate,
+    evaluate,
     hardware,
     learner,
     metrics,
@@ -139,6 +140,13 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     calls, planned = workload.step(c, model)
     assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens) for k in calls) == made
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), batch, planned)
+
+    made.clear()
+    held_out = rows[:1] * c.evaluation.problems
+    evaluate.accuracy(actor, lambda *_: 1.0, lambda text: text, held_out, c.evaluation.samples)
+    calls = workload.evaluation(c, model)
+    assert {k.phase for k in calls} == {"evaluate"} and c.evaluation.samples > 1
+    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens) for k in calls) == made
 
 
 def test_shorter_completions_shorten_what_is_decoded_and_not_what_memory_is_planned_for():
@@ -296,6 +304,9 @@ def test_every_recipe_of_the_page_fits_with_the_flags_that_stand_there(recipe, t
     planned = ("mesh.", "rollout.", "algorithm.", "learner.", "contexts.", "model.dtype", "model.remat")
     assert {k: v for k, v in settings.items() if k.startswith(planned)}.items() <= found["settings"].items()
     assert found["fits"] and found["headroom"] >= 0.08
+    assert found["command"].startswith(f"python -m gcpo_jax.plan --config configs/{recipe}.py --topology ")
+    assert set(re.findall(r"--config\.\S+", found["command"])) == set(re.findall(r"--config\.[\w.=]+", flags))
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and all(found[k] for k in ("date", "machine", "python", "jax"))
     assert topology in ("", found["topology"]) and found["method"] == (
         "estimated" if "gpu" in found["topology"] else "compiled"
     )
