@@ -98,16 +98,51 @@ def resident(config: Config, model_config: models.ModelConfig) -> dict[str, int]
 
 def cache_bytes(model_config: models.ModelConfig, call: Call) -> int:
     """Of a sampler call: keys and values of prompts and of generated tokens."""
-    c = model_config
-    L, B, K, A = c.num_layers, call.rows, c.num_kv_heads, c.head_dim
+    c, slots = model_config, call.slots
+    assert slots is not None
+    L, K, A = c.num_layers, c.num_kv_heads, c.head_dim
     total = 0
     for name, shape in (
-        ("prompt_cache", (L, B, K, call.width, A)),
-        ("cache", (L, B, call.n, K, call.tokens, A)),
+        ("prompt_cache", (L, slots.lanes, K, call.width, A)),
+        ("prompt_cache", (L, slots.computed, K, call.width, A)),  # of prompts that wait for lanes
+        ("cache", (L, slots.lanes, slots.together, K, call.tokens, A)),
     ):
         shape = shape if c.layout is None else c.layout.sharding(name).shard_shape(shape)
         total += 2 * math.prod(shape) * jnp.dtype(c.dtype).itemsize
     return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a row of the layers' pass is: P tokens that n completions of T tokens share."""
+
+    P: int
+    n: int = 0
+    T: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions."""
+        return self.P + self.n * self.T
+
+    @property
+    def blocks(self) -> bool:
+        """Whether attention is computed in blocks."""
+        return max(self.P, self.T) > WHOLE_UP_TO
+
+    @property
+    def scored(self) -> float:
+        """Pairs of query and key that are computed."""
+        half = 0.5 if self.blocks else 1.0
+        return half * self.P**2 + self.n * self.T * (self.P + half * self.T)
+
+
+def _computed(call: Call) -> tuple[int, Part]:
+    """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
+    if call.slots is None:
+        return call.rows, Part(call.width, call.n if call.tokens else 0, call.tokens)
+    alike, common, own = call.slots.beginnings
+    return call.slots.computed // alike, Part(common, alike, own) if alike > 1 else Part(call.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +186,12 @@ class Estimator:
             * self._b
         )
 
-    def _scores(self, rows: int, S: int, backward: bool) -> int:
+    def _scores(self, rows: int, part: "Part", backward: bool) -> int:
         """Bytes of attention scores; of blocks, the float32 sums of keys' and values' gradients."""
         c, t = self.model, self._axis("tensor")
-        if S > WHOLE_UP_TO:
-            return (4 if backward else 2) * rows * S * c.num_heads * c.head_dim // t * 4
-        return (3 if backward else 2) * rows * c.num_heads // t * S * S * 4
+        if part.blocks:
+            return (4 if backward else 2) * rows * part.tokens * c.num_heads * c.head_dim // t * 4
+        return (3 if backward else 2) * rows * c.num_heads // t * int(part.scored) * 4
 
     def _gathered(self, gradients: bool) -> int:
         """Bytes of parameters put together: two layers and the tables, with gradients where asked for."""
@@ -168,31 +203,25 @@ class Estimator:
     def _logits(self) -> int:
         return 3 * TOKENS_PER_CHUNK * self._table() // self.model.hidden_size * 4
 
-    def _activations(self, rows: int, S: int) -> int:
-        """Bytes kept and computed while rows of S tokens are differentiated on a device."""
-        c, t, tokens = self.model, self._axis("tensor"), rows * S
+    def _activations(self, rows: int, part: "Part") -> int:
+        """Bytes kept and computed while rows are differentiated on a device."""
+        c, t, tokens = self.model, self._axis("tensor"), rows * part.tokens
         kept = c.hidden_size // t
         if self.config.model.remat != "full":
             kept += c.hidden_size * 2 + ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size) // t
         if self.config.model.remat == "none":
             kept += c.hidden_size * 4 + (c.num_heads * c.head_dim * 2 + 3 * c.intermediate_size) // t
         layers = c.num_layers * tokens * kept * self._b
-        if self.config.model.remat == "none" and S <= WHOLE_UP_TO:
-            layers += c.num_layers * rows * c.num_heads // t * S * S * (4 + self._b)
-        return (
-            layers + self._working(tokens, True) + self._scores(rows, S, True) + tokens * c.hidden_size * (self._b + 4)
-        )
+        if self.config.model.remat == "none" and not part.blocks:
+            layers += c.num_layers * rows * c.num_heads // t * int(part.scored) * (4 + self._b)
+        working = self._working(tokens, True) + self._scores(rows, part, True)
+        return layers + working + tokens * c.hidden_size * (self._b + 4)
 
     def update(self, batch: learner.Batch) -> Bytes:
         """Of learner.make_update's program."""
         here = resident(self.config, self.model)
         state = here["parameters"] + here["optimizer"]
-        rows = -(-rows_at_a_time(self.config) // self.row_shards)
-        widest = self._activations(rows, batch.tokens.shape[1])
-        if batch.kl is not None:
-            M, G, S = batch.kl.tokens.shape
-            size = min(M, learner.targets_at_a_time(self.model, self.config)) * G
-            widest = max(widest, self._activations(-(-size // self.row_shards), S))
+        widest = max(self._activations(-(-rows // self.row_shards), part) for _, rows, part in self._parts(batch))
         copies = 2 if batch.kl is None else 3
         cast = here["parameters"] * self._b // 4 if self._b < 4 else 0
         temp = copies * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
@@ -200,30 +229,41 @@ class Estimator:
         details = batch.mask.nbytes // self.row_shards * (1 if batch.kl is None else 5)
         return Bytes(state + data, details, temp)
 
+    def _parts(self, batch: learner.Batch) -> list[tuple[int, int, "Part"]]:
+        """Of the surrogate and of KL': rows in all, rows of a micro-batch, and what a row is."""
+        _, m, T = batch.completions.shape
+        whole, at_once = batch.completions.shape[0], max(1, rows_at_a_time(self.config) // m)
+        parts = [(whole, at_once, Part(batch.prompts.shape[1], m, T))]
+        if batch.kl is not None:
+            M, G, X = batch.kl.contexts.shape
+            size = min(M, learner.targets_at_a_time(self.model, self.config))
+            parts.append((M * G, size * G, Part(X, 1, T)))
+        return parts
+
     def call(self, call: Call) -> Bytes:
         """Of the sampler's or the scorer's program."""
         params = local_bytes(models.shapes(self.model), self.model.layout)
-        rows = call.rows // self.row_shards
-        temp = self._working(rows * call.width, False) + self._scores(rows, call.width, False) + self._gathered(False)
-        temp += rows * call.width * self.model.hidden_size * 2 * self._b
+        rows, part = _computed(call)
+        rows, inputs = rows // self.row_shards, call.rows // self.row_shards
+        temp = self._working(rows * part.tokens, False) + self._scores(rows, part, False) + self._gathered(False)
+        temp += rows * part.tokens * self.model.hidden_size * 2 * self._b
         if call.program == "scorer":
             temp += self._logits()
-        if call.program != "sampler":
-            return Bytes(params + rows * call.width * 4, rows * call.tokens * 8, temp)
+        if call.slots is None:
+            return Bytes(params + inputs * part.tokens * 4, inputs * call.n * call.tokens * 8, temp)
         caches = cache_bytes(self.model, call)
-        prompt = cache_bytes(self.model, dataclasses.replace(call, tokens=0))
-        tokens = rows * call.n
-        temp += 2 * prompt + 4 * tokens * self.model.vocab_size * 4 + 2 * tokens * call.tokens * 4
-        return Bytes(params + rows * call.width * 4, 2 * tokens * call.tokens * 4, temp + caches, caches)
+        running = call.slots.lanes // self.row_shards * call.slots.together
+        temp += 4 * running * self.model.vocab_size * 4 + 12 * running * call.tokens
+        results = inputs * call.n * call.tokens * 8
+        return Bytes(params + inputs * call.width * 4, results, temp + results + caches, caches)
 
-    def _forward(self, rows: int, S: int) -> tuple[float, float]:
+    def _forward(self, rows: float, part: "Part") -> tuple[float, float]:
         """FLOPs on a device of the layers' products, and of attention, for its share of rows."""
         c, t = self.model, self._axis("tensor")
-        scored = S * S / 2 if S > WHOLE_UP_TO else S * S
         mine = rows / self.row_shards
         return (
-            2 * mine * S * self._layer() * c.num_layers,
-            4 * mine * scored * c.num_heads * c.head_dim * c.num_layers / t,
+            2 * mine * part.tokens * self._layer() * c.num_layers,
+            4 * mine * part.scored * c.num_heads * c.head_dim * c.num_layers / t,
         )
 
     def _seconds(self, dense: float, attention: float, gathers: float, device: Device) -> float:
@@ -236,13 +276,15 @@ class Estimator:
     def call_cost(self, call: Call, device: Device) -> tuple[float, float]:
         """(FLOPs, seconds) of a call on one device."""
         c = self.model
-        dense, attention = self._forward(call.rows, call.width)
-        mine = call.rows / self.row_shards
+        rows, part = _computed(call)
+        if call.slots is not None:
+            rows = rows * call.rows / call.slots.computed  # all of them, in turn
+        dense, attention = self._forward(rows, part)
         if call.program == "scorer":
-            dense += 2 * mine * call.tokens * self._table()
+            dense += 2 * call.rows / self.row_shards * call.n * call.tokens * self._table()
         seconds = self._seconds(dense, attention, 1.0, device)
-        if call.program == "sampler":
-            tokens = mine * call.n
+        if call.slots is not None:
+            tokens = call.slots.lanes * call.slots.together / self.row_shards
             step = 2 * tokens * (c.num_layers * self._layer() + self._table())
             step += (
                 4 * tokens * (call.width + call.tokens) * c.num_heads * c.head_dim * c.num_layers / self._axis("tensor")
@@ -257,14 +299,10 @@ class Estimator:
     def update_cost(self, batch: learner.Batch, device: Device) -> tuple[float, float]:
         """(FLOPs, seconds) of one update on one device: forward, twice that backward, and what is computed again."""
         again = {"none": 0.0, "dots": 0.1, "full": 1.0}[self.config.model.remat]
-        parts = [(batch.tokens.shape[0], batch.tokens.shape[1], rows_at_a_time(self.config))]
-        if batch.kl is not None:
-            M, G, S = batch.kl.tokens.shape
-            parts.append((M * G, S, learner.targets_at_a_time(self.model, self.config) * G))
         flops = seconds = 0.0
-        for rows, S, size in parts:
-            dense, attention = self._forward(rows, S)
-            dense = dense * (3 + again) + 4 * 2 * rows / self.row_shards * batch.mask.shape[1] * self._table()
+        for rows, size, part in self._parts(batch):
+            dense, attention = self._forward(rows, part)
+            dense = dense * (3 + again) + 4 * 2 * rows / self.row_shards * part.n * part.T * self._table()
             attention *= 3.5 + again
             flops += dense + attention
             seconds += self._seconds(dense, attention, (2 + min(1.0, again)) * rows / size, device)

@@ -30,8 +30,8 @@ from gcpo_jax import (
     models,
     partition,
     provenance,
-    sampler,
     scorer,
+    slots,
     workload,
 )
 from gcpo_jax import config as config_lib
@@ -113,24 +113,34 @@ def compile_call(
     lengths = jax.ShapeDtypeStruct((call.rows,), jnp.int32, sharding=rows)
     if call.program == "hidden":
         return compiled_bytes(scorer._last_hidden.lower(model_config, params, tokens, lengths))
-    if call.program == "scorer":
-        temperature = float(rollout.temperature)
+    temperature = float(rollout.temperature)
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+
+    if call.slots is None:
+        completions = ints(call.rows, call.n, call.tokens), ints(call.rows, call.n)
         program = scorer._completion_logprobs
-        return compiled_bytes(program.lower(model_config, params, tokens, lengths, lengths, call.tokens, temperature))
+        return compiled_bytes(program.lower(model_config, params, tokens, lengths, *completions, temperature))
     real = jax.ShapeDtypeStruct((call.rows,), jnp.bool, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _place(key, one if layout is None else NamedSharding(layout.mesh, PartitionSpec()))
-    lowered = sampler._sample.lower(
+    lowered = slots.run.lower(
         model_config,
         params,
         tokens,
         lengths,
         lengths,
         real,
+        lengths,
         key,
         n=call.n,
+        together=call.slots.together,
+        lanes=call.slots.lanes,
+        computed=call.slots.computed,
+        beginnings=call.slots.beginnings,
         max_new_tokens=call.tokens,
-        temperature=float(rollout.temperature),
+        temperature=temperature,
         top_k=rollout.top_k,
         top_p=float(rollout.top_p),
         eos_ids=model_config.eos_ids,
@@ -241,8 +251,8 @@ def plan(
 
 
 def _batch_shapes(batch: learner.Batch) -> dict[str, list[int]]:
-    kl = {} if batch.kl is None else {"kl_tokens": list(batch.kl.tokens.shape)}
-    return {"tokens": list(batch.tokens.shape), "completions": list(batch.mask.shape)} | kl
+    shapes = {"prompts": list(batch.prompts.shape), "completions": list(batch.completions.shape)}
+    return shapes | ({} if batch.kl is None else {"kl_contexts": list(batch.kl.contexts.shape)})
 
 
 def seconds(

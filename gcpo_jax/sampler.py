@@ -97,7 +97,7 @@ def sample(
     layout = model_config.layout
     shards = 1 if layout is None else layout.row_shards
     index = range(len(prompts)) if index is None else index
-    shared = [_common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
+    shared = [common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
     for groups, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, shared):
         # Every shard has its part of the prompts, and none has two more than another; those alike lie together.
         placed = np.full((shards, call.prompts // shards // alike), -1)
@@ -106,11 +106,11 @@ def sample(
         ids, lengths = pad_rows([prompts[r] if r >= 0 else [0, 0] for r in rows], call.prompts, call.width)
         real = np.array(rows) >= 0
         number = np.array([index[r] if r >= 0 else 0 for r in rows], np.int32)
-        common = np.array([shared[r // alike] if r >= 0 else 1 for r in rows], np.int32)
+        beginning = np.array([shared[r // alike] if r >= 0 else 1 for r in rows], np.int32)
         out = slots.run(
             model_config,
             params,
-            *put_rows(layout, ids, lengths, number, real, common),
+            *put_rows(layout, ids, lengths, number, real, beginning),
             key,
             n=n,
             together=call.together,
@@ -178,7 +178,7 @@ def calls(
         yield groups, Call(prompts, width, together, lanes, computed, beginnings)
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
+def common(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all of the prompts begin with, leaving each at least one."""
     shortest = min(map(len, prompts)) - 1
     return next((k for k in range(shortest) if len({p[k] for p in prompts}) > 1), shortest) if len(prompts) > 1 else 0

@@ -6,7 +6,8 @@ The pure functions here are also what the learner differentiates: one graph give
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,29 +103,50 @@ def score(
     if any(not len(p) for p in prompts) or any(len(c) > width for c in completions):
         raise ValueError(f"every prompt needs a token and every completion at most width={width}")
     result = np.zeros((len(prompts), width), np.float32)
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for r, prompt in enumerate(prompts):
-        by_prompt.setdefault(tuple(prompt), []).append(r)
-    # Where every prompt has equally many completions, as a group's candidates, they share its computation.
-    counts = {len(rows) for rows in by_prompt.values()}
-    n = counts.pop() if len(counts) == 1 else 1
-    entries = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
     running = []
     layout = model_config.layout
-    longest = [len(prompts[rows[0]]) + max(len(completions[r]) for r in rows) for rows in entries]
-    for part, size in chunks(longest, max(1, max_rows // n), 1 if layout is None else layout.row_shards):
-        called = [entries[e] for e in part]
-        shared, own = [prompts[rows[0]] for rows in called], [completions[r] for rows in called for r in rows]
-        ids, prompt_lengths = pad_rows(shared, size, bucket(max(map(len, shared))))
-        tokens, lengths = pad_rows(own, size * n, bucket(max(1, *map(len, own))))
-        by_entry = tokens.reshape(size, n, -1), lengths.reshape(size, n)
+    for entries, call in calls(prompts, completions, max_rows, 1 if layout is None else layout.row_shards):
+        shared, own = [prompts[rows[0]] for rows in entries], [completions[r] for rows in entries for r in rows]
+        ids, prompt_lengths = pad_rows(shared, call.prompts, call.width)
+        tokens, lengths = pad_rows(own, call.prompts * call.n, call.tokens)
+        by_entry = tokens.reshape(call.prompts, call.n, -1), lengths.reshape(call.prompts, call.n)
         inputs = put_rows(layout, ids, np.maximum(prompt_lengths, 1), *by_entry)
-        running.append((called, _completion_logprobs(model_config, params, *inputs, float(temperature))[0]))
-    for called, logp in running:
-        rows = [r for entry in called for r in entry]
+        running.append((entries, _completion_logprobs(model_config, params, *inputs, float(temperature))[0]))
+    for entries, logp in running:
+        rows = [r for entry in entries for r in entry]
         columns = np.asarray(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
         result[rows, : columns.shape[1]] = columns
     return result
+
+
+class Call(NamedTuple):
+    """The shapes of one device call."""
+
+    prompts: int  # B, padded
+    n: int
+    width: int  # P
+    tokens: int  # T
+
+
+def calls(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], max_rows: int, shards: int = 1
+) -> Iterator[tuple[list[list[int]], Call]]:
+    """The device calls for these rows: which rows have each prompt, and the shapes.
+
+    Where every prompt has equally many completions, as a group's candidates, they share its computation.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for r, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(r)
+    counts = {len(rows) for rows in by_prompt.values()}
+    n = counts.pop() if len(counts) == 1 else 1
+    entries = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
+    longest = [len(prompts[rows[0]]) + max(len(completions[r]) for r in rows) for rows in entries]
+    for part, size in chunks(longest, max(1, max_rows // n), shards):
+        called = [entries[e] for e in part]
+        width = bucket(max(len(prompts[rows[0]]) for rows in called))
+        tokens = bucket(max(1, *(len(completions[r]) for rows in called for r in rows)))
+        yield called, Call(size, n, width, tokens)
 
 
 def last_hidden(

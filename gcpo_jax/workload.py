@@ -6,13 +6,14 @@ question, rewards alternate so that every group is active. An evaluation's calls
 
 import contextlib
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
 
-from gcpo_jax import learner, models, rollout
+from gcpo_jax import learner, models, rollout, sampler, scorer
 from gcpo_jax.batching import bucket, chunks
 from gcpo_jax.config import Config
 from gcpo_jax.contexts import ContextBuilder, Ids
@@ -29,11 +30,12 @@ class Call:
 
     phase: str  # "sample" | "integrate" | "contexts" | "score" | "evaluate"
     program: str  # "sampler" | "scorer" | "hidden"
-    rows: int  # prompts of the sampler, else rows
-    width: int  # padded tokens of the prompt, or of prompt and completion
+    rows: int  # prompts of the sampler and the scorer, else rows
+    width: int  # padded tokens of the prompt, or of the row
     n: int = 1  # completions of a prompt
-    tokens: int = 0  # T, the most that are generated; or the completion's columns that are scored
+    tokens: int = 0  # T, the most that are generated, or the padded completion that is scored
     steps: int = 0  # decoded until the longest row ended
+    slots: sampler.Call | None = None  # of the sampler
 
 
 class Contexts(ContextBuilder):
@@ -94,17 +96,18 @@ class _Recorder(rollout.Actor):
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:
             lengths = np.minimum(self.rng.integers(1, 2 * self.mean, size), max_new_tokens)
-        at_once = max(1, self.config.rollout.max_rows // n)
-        for rows, padded in chunks([len(p) for p in prompts], at_once, self._shards):
-            width = bucket(max(len(prompts[r]) for r in rows))
-            steps = int(lengths[rows].max())
-            self._note("sampler", rows=padded, width=width, n=n, tokens=max_new_tokens, steps=steps)
+        shared = [sampler.common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
+        at_once = self.config.rollout.max_rows
+        planned = sampler.calls([len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, shared)
+        for groups, call in planned:
+            rows = lengths.reshape(len(shared), -1)[groups].reshape(-1, call.together)
+            shapes = {"rows": call.prompts, "width": call.width, "n": n, "tokens": max_new_tokens}
+            self._note("sampler", **shapes, steps=_steps(rows.max(axis=1), call.lanes), slots=call)
         return Samples([[[0] * int(t) for t in row] for row in lengths], [])
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
-        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        for rows, padded in chunks(lengths, self.config.rollout.max_rows, self._shards):
-            self._note("scorer", rows=padded, width=bucket(max(lengths[r] for r in rows) + 1), tokens=width)
+        for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards):
+            self._note("scorer", rows=call.prompts, width=call.width, n=call.n, tokens=call.tokens)
         return np.zeros((len(prompts), width), np.float32)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
@@ -115,6 +118,14 @@ class _Recorder(rollout.Actor):
 
     def decode(self, completions: Sequence[Ids], skip_special: bool = True) -> list[str]:
         return [""] * len(completions)
+
+
+def _steps(entries: np.ndarray, lanes: int) -> int:
+    """Steps until entries of these lengths have passed through so many lanes, each as soon as a lane is free."""
+    ends = [0] * lanes
+    for length in entries:
+        heapq.heapreplace(ends, ends[0] + int(length))
+    return max(ends)
 
 
 def _recorder(config: Config, model_config: models.ModelConfig, mean: int | None) -> _Recorder:

@@ -30,6 +30,7 @@ from gcpo_jax import (
     rollout,
     sampler,
     scorer,
+    slots,
     workload,
 )
 from gcpo_jax import config as config_lib
@@ -92,7 +93,8 @@ def test_the_sampling_copy_and_the_reference_are_counted_where_there_are_such():
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
 def test_cache_bytes_are_those_that_sampling_allocates(mesh):
     _, model = laid_out(mesh)
-    call = workload.Call("sample", "sampler", rows=2, width=16, n=4, tokens=8)
+    shapes = sampler.Call(2, 16, 4, 2, 2, (1, 0, 0))
+    call = workload.Call("sample", "sampler", rows=2, width=16, n=4, tokens=8, slots=shapes)
     params = models.init_params(model)
     if model.layout is not None:
         params = jax.device_put(params, model.layout.shardings(params))
@@ -100,7 +102,8 @@ def test_cache_bytes_are_those_that_sampling_allocates(mesh):
 
     @jax.jit
     def caches(params):
-        return models.prefill(model, params, tokens, jnp.full(2, 16))[1], models.init_cache(model, 2, 4, 8)
+        ready, running = models.prefill(model, params, tokens, jnp.full(2, 16))[1], models.init_cache(model, 2, 4, 8)
+        return ready, jax.tree.map(jnp.copy, ready), running
 
     assert estimate.cache_bytes(model, call) == on_device(caches(params))
 
@@ -110,7 +113,7 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     c, model = laid_out((1, 1, 1))
     made = collections.Counter()
 
-    def sampled(model_config, params, prompts, lengths, index, real, key, *, n, max_new_tokens, **_):
+    def sampled(model_config, params, prompts, lengths, index, real, common, key, *, n, max_new_tokens, **_):
         made["sampler", prompts.shape, n, max_new_tokens] += 1
         size = (len(prompts), n)
         return (
@@ -119,15 +122,15 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
             np.full(size, max_new_tokens),
         )
 
-    def scored(model_config, params, tokens, prompt_lengths, lengths, width, temperature):
-        made["scorer", tokens.shape, 1, width] += 1
-        return np.zeros((len(tokens), width), np.float32), None
+    def scored(model_config, params, prompts, prompt_lengths, completions, lengths, temperature):
+        made["scorer", prompts.shape, *completions.shape[1:]] += 1
+        return np.zeros(completions.shape, np.float32), None
 
     def hidden(model_config, params, tokens, lengths):
         made["hidden", tokens.shape, 1, 0] += 1
         return np.ones((len(tokens), model_config.hidden_size), np.float32)
 
-    monkeypatch.setattr(sampler, "_sample", sampled)
+    monkeypatch.setattr(slots, "run", sampled)
     monkeypatch.setattr(scorer, "_completion_logprobs", scored)
     monkeypatch.setattr(scorer, "_last_hidden", hidden)
     # Equal sequences are represented once: every one asked for is told apart here.
