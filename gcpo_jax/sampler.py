@@ -6,7 +6,7 @@ log-probabilities returned are the policy's own, so they are the ones that score
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,8 +83,13 @@ def sample(
     top_p: float | int = 1.0,
     eos_ids: Sequence[int] = (),
     max_rows: int = 512,
+    done: Callable[[int, list[list[int]]], None] | None = None,
 ) -> Samples:
-    """As generate, with a key. Prompts of like length go to the device together, `max_rows` rows at a time."""
+    """As generate, with a key. Prompts of like length go to the device together, `max_rows` rows at a time.
+
+    Args:
+      done: is told each prompt's index and n completions as soon as they are known, while others are being sampled.
+    """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
     tokens: list[list[list[int]]] = [[] for _ in prompts]
     logprobs: list[list[list[float]]] = [[] for _ in prompts]
@@ -114,6 +119,8 @@ def sample(
         for at, row in enumerate(rows):
             tokens[row] = [drawn[at, k, : length[at, k]].tolist() for k in range(n)]
             logprobs[row] = [logp[at, k, : length[at, k]].tolist() for k in range(n)]
+            if done is not None:
+                done(row, tokens[row])
     return Samples(tokens, logprobs)
 
 
