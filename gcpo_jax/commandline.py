@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+import runpy
 import sys
 
 from absl import flags
@@ -29,11 +30,14 @@ def parse(argv: list[str]) -> list[str]:
         try:
             program, *left = flags.FLAGS(argv)
         except (LookupError, AttributeError, TypeError):
-            _check_made(argv)  # overriding a field of something else fails in its own ways
+            # A field of something else than a Config cannot be overridden, and what it is gets lost.
+            file, *variant = _recipe(argv).split(":", 1)
+            if file:
+                _check_made(argv, runpy.run_path(file)["get_config"](*variant))
             raise
         if left:
             raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
-        _check_made(argv)
+        _check_made(argv, flags.FLAGS.config)
     except (config_lib.ConfigError, flags.Error) as error:
         sys.exit(f"error: {_first_cause(error)}")
     return [program]
@@ -60,8 +64,7 @@ def _check_recipe(argv: list[str]) -> None:
         )
 
 
-def _check_made(argv: list[str]) -> None:
-    made = flags.FLAGS["config"].value
+def _check_made(argv: list[str], made: object) -> None:
     if not isinstance(made, config_lib.Config):
         raise config_lib.ConfigError(
             f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, not {type(made).__name__}"

@@ -4,7 +4,7 @@ arithmetic.py, math.py and code.py."""
 from gcpo_jax.tasks.jsonl import DataError, Row
 from gcpo_jax.tasks.load import Problems, Task, batch_indices, build
 from gcpo_jax.tasks.overlap import Grading
-from gcpo_jax.tasks.rewards import Reward, RewardError, resolve_answer, resolve_reward, score
+from gcpo_jax.tasks.rewards import Reward, RewardError, batched, resolve_answer, resolve_reward, score
 
 __all__ = [
     "DataError",
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "Task",
     "batch_indices",
+    "batched",
     "build",
     "resolve_answer",
     "resolve_reward",
