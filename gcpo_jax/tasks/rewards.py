@@ -75,17 +75,18 @@ def resolve_reward(path: str, unsafe: bool = False) -> Reward:
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"data.reward={path!r}: {module.__name__} has no function {name!r}")
-    missing = getattr(function, "missing", None)
+    reward: Any = function
+    missing = getattr(reward, "missing", None)
     if missing is None:
-        return function
+        return reward
     if unsafe:
-        return batched(functools.partial(function.batch, unsafe=True))(functools.partial(function, unsafe=True))
+        return batched(functools.partial(reward.batch, unsafe=True))(functools.partial(reward, unsafe=True))
     if lacking := missing():
         raise ConfigError(
             f"data.reward={path!r} runs programs that the policy wrote, and this system cannot confine them; missing: "
             f"{'; '.join(lacking)}. data.unsafe=True runs them with less isolation"
         )
-    return function
+    return reward
 
 
 def resolve_answer(path: str) -> Answer:
