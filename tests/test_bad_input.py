@@ -210,9 +210,7 @@ def test_a_recipe_that_cannot_be_used_is_named(refused, directory):
         "rollout.temperature=None: must be of type float; rollout.top_k='all': must be of type int", config="words.py"
     )
     (directory / "mapping.py").write_text("def get_config(variant=None):\n    return {'train': {}}\n")
-    refused(
-        "--config='mapping.py': get_config() must return a gcpo_jax.config.Config, not dict", config="mapping.py"
-    )
+    refused("--config='mapping.py': get_config() must return a gcpo_jax.config.Config, not dict", config="mapping.py")
 
 
 def test_a_recipes_own_mistake_keeps_its_traceback(command, directory):
