@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+import runpy
 import sys
 
 from absl import flags
@@ -26,15 +27,17 @@ def parse(argv: list[str]) -> list[str]:
     try:
         _check_recipe(argv)
         _check_names(argv)
-        program, *left = flags.FLAGS(argv)
+        try:
+            program, *left = flags.FLAGS(argv)
+        except (LookupError, AttributeError, TypeError):
+            # A field of something else than a Config cannot be overridden, and what it is gets lost.
+            file, *variant = _recipe(argv).split(":", 1)
+            if file:
+                _check_made(argv, runpy.run_path(file)["get_config"](*variant))
+            raise
         if left:
             raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
-        made = flags.FLAGS.config
-        if not isinstance(made, config_lib.Config):
-            raise config_lib.ConfigError(
-                f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, "
-                f"not {type(made).__name__}"
-            )
+        _check_made(argv, flags.FLAGS.config)
     except (config_lib.ConfigError, flags.Error) as error:
         sys.exit(f"error: {_first_cause(error)}")
     return [program]
@@ -58,6 +61,13 @@ def _check_recipe(argv: list[str]) -> None:
     if file and not pathlib.Path(file).is_file():
         raise config_lib.ConfigError(
             f"--config={value!r}: there is no such file; gcpo_jax came with those in {RECIPES}"
+        )
+
+
+def _check_made(argv: list[str], made: object) -> None:
+    if not isinstance(made, config_lib.Config):
+        raise config_lib.ConfigError(
+            f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, not {type(made).__name__}"
         )
 
 

@@ -37,6 +37,7 @@ class Data:
     answer_field: str = "answer"
     prompt: str = "{problem}"  # the user's turn; {problem} is replaced
     reward: str = "tasks.math.reward"  # dotted path of reward(prompt, completion, row) -> float
+    unsafe: bool = False  # run a policy's programs also where the system cannot confine them
     too_long: str = "drop"  # a prompt over rollout.max_prompt_tokens: "drop" (counted, named) | "refuse"
     directory: str = ""  # prepared data sets; empty: the user's cache directory
 

@@ -31,7 +31,11 @@ class Timers:
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+            self.add(phase, time.perf_counter() - began)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add seconds to a phase."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
         """{"time/PHASE_s": seconds}, with "time/step_s" since construction."""

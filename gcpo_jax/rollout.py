@@ -66,8 +66,8 @@ class Actor:
     params: dict
     contexts: ContextBuilder
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, alike: int = 1) -> Samples:
-        """n completions of each prompt at the run's temperature, top-k and top-p; every `alike` prompts begin alike."""
+    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+        """n completions of each prompt at the run's temperature, top-k and top-p; done, alike: see sampler.sample."""
         rollout = self.config.rollout
         return sample(
             self.model_config,
@@ -81,6 +81,7 @@ class Actor:
             top_p=rollout.top_p,
             eos_ids=self.model_config.eos_ids,
             max_rows=rollout.max_rows,
+            done=done,
             alike=alike,
         )
 
@@ -111,24 +112,41 @@ def collect(
 ) -> Experience:
     """Lines 5 to 11 of the paper's Algorithm 1 for one batch of problems.
 
+    Rewards are graded beside the device's work where the reward has a batch form: `time/reward_s` is what the step
+    waits for them, `time/reward_busy_s` what they take.
+
     Args:
       step: updates done so far; with the run's seed it fixes every random choice here.
 
     Raises:
       tasks.RewardError: naming the row whose reward raised or is no finite number.
     """
+    with tasks.Grading(reward) as grading:
+        exp = _collect(actor, grading, rows, step, timers)
+    timers.add("reward_busy", grading.seconds)
+    return exp
+
+
+def _collect(actor: Actor, grading: tasks.Grading, rows, step: int, timers: Timers) -> Experience:
     config, a = actor.config, actor.config.algorithm
     B, n = len(rows), config.rollout.group_size
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     rng = np.random.default_rng([config.train.seed, step])
     keys = {name: jax.random.fold_in(key, k) for k, name in enumerate(("candidates", "integrated", "rollouts"))}
 
+    texts: list[list[str]] = [[] for _ in rows]
     with timers("sample"):
         prompts = [actor.contexts.query(row["problem"]) for row in rows]
-        candidates = actor.sample(prompts, n, config.rollout.max_new_tokens, keys["candidates"])
+        questions = [actor.contexts.tokenizer.decode(prompt) for prompt in prompts]
+
+        def done(b: int, group: list[Ids]) -> None:
+            texts[b] = actor.decode(group)
+            grading.add(b, questions[b], texts[b], rows[b])
+
+        candidates = actor.sample(prompts, n, config.rollout.max_new_tokens, keys["candidates"], done)
     with timers("reward"):
-        texts = [actor.decode(group) for group in candidates.tokens]
-        rewards = _rewards(actor, reward, prompts, texts, rows).astype(np.float32)
+        graded = grading.wait()
+        rewards = np.stack([graded[b] for b in range(B)]).astype(np.float32)
     advantages = np.asarray(objectives.group_advantages(rewards, scale=a.advantage_scale))
     active = rewards.max(1) > rewards.min(1)
     exp = Experience(
@@ -167,10 +185,7 @@ def collect(
         needed = [b for b in range(B) if b in factor_groups or exp.klc_weight[b].any()]
         lists = _integrate(actor, exp, order, needed, keys["integrated"])
         for b in needed:
-            many = len(exp.integrated[b])
-            exp.integrated_rewards[b] = tasks.score(
-                reward, [_text(actor, prompts[b])] * many, actor.decode(exp.integrated[b]), [rows[b]] * many
-            )
+            grading.add(b, questions[b], actor.decode(exp.integrated[b]), rows[b])
     with timers("contexts"):
         with_rollouts = factor_groups if a.causal_factor == "projection" else []
         for b in needed:
@@ -184,28 +199,16 @@ def collect(
             flat = [c.ids for t in targets for c in exp.contexts[t]]
             # With shared sampling the contexts of a target differ in the integrated output at their end alone.
             alike = len(exp.contexts[targets[0]]) if a.sampling == "shared" else 1
-            outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike).tokens)
+            outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike=alike).tokens)
             exp.rollouts = {t: [next(outputs) for _ in exp.contexts[t]] for t in targets}
     with timers("score"):
         if factor_groups:
             _causal_factors(actor, exp, lists, factor_groups, M, rng)
+    with timers("reward"):
+        for b, values in grading.wait().items():
+            exp.integrated_rewards[b] = values.tolist()
     exp.scaled_advantages = exp.advantages * exp.upsilon
     return exp
-
-
-def _text(actor: Actor, prompt: Ids) -> str:
-    return actor.contexts.tokenizer.decode(prompt)
-
-
-def _rewards(actor, reward, prompts, texts, rows) -> np.ndarray:
-    n = len(texts[0])
-    flat = tasks.score(
-        reward,
-        [_text(actor, p) for p in prompts for _ in range(n)],
-        [t for group in texts for t in group],
-        [r for r in rows for _ in range(n)],
-    )
-    return np.array(flat).reshape(len(rows), n)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ The policy is softmax(logits / temperature); top-k and top-p only restrict which
 log-probabilities returned are the policy's own, so they are the ones that scorer.score computes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,12 +83,14 @@ def sample(
     max_rows: int = 512,
     index: Sequence[int] | None = None,
     alike: int = 1,
+    done: Callable[[int, list[list[int]]], None] | None = None,
 ) -> Samples:
     """As generate, with a key. Up to `max_rows` rows run at once, and as one ends the next begins.
 
     Args:
       index: what stands for each prompt's index in its noise; by default its place in the list.
       alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
+      done: is told each prompt's place in the list and its n completions, while other device calls go on.
     """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
     tokens: list[list[list[int]]] = [[] for _ in prompts]
@@ -131,6 +133,8 @@ def sample(
                 continue
             tokens[row] = [drawn[at, k, : length[at, k]].tolist() for k in range(n)]
             logprobs[row] = [logp[at, k, : length[at, k]].tolist() for k in range(n)]
+            if done is not None:
+                done(row, tokens[row])
     return Samples(tokens, logprobs)
 
 

@@ -39,6 +39,7 @@ NAMES = (
     "sampler_logprob_gap",
     "time/sample_s",
     "time/reward_s",
+    "time/reward_busy_s",
     "time/integrate_s",
     "time/contexts_s",
     "time/score_s",

@@ -91,7 +91,7 @@ class _Recorder(rollout.Actor):
     def _note(self, program: str, **shapes) -> None:
         self.calls.append(Call(self.phases.now, program, **shapes))
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, alike: int = 1) -> Samples:
+    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
         size = (len(prompts), n)
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:
@@ -103,7 +103,11 @@ class _Recorder(rollout.Actor):
             rows = lengths.reshape(len(shared), -1)[groups].reshape(-1, call.together)
             shapes = {"rows": call.prompts, "width": call.width, "n": n, "tokens": max_new_tokens}
             self._note("sampler", **shapes, steps=_steps(rows.max(axis=1), call.lanes), slots=call)
-        return Samples([[[0] * int(t) for t in row] for row in lengths], [])
+        tokens = [[[0] * int(t) for t in row] for row in lengths]
+        for b, group in enumerate(tokens):
+            if done is not None:
+                done(b, group)
+        return Samples(tokens, [])
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
         for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards):

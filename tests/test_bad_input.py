@@ -209,6 +209,15 @@ def test_a_recipe_that_cannot_be_used_is_named(refused, directory):
     refused(
         "rollout.temperature=None: must be of type float; rollout.top_k='all': must be of type int", config="words.py"
     )
+    (directory / "mapping.py").write_text("def get_config(variant=None):\n    return {'train': {}}\n")
+    refused("--config='mapping.py': get_config() must return a gcpo_jax.config.Config, not dict", config="mapping.py")
+
+
+def test_a_recipes_own_mistake_keeps_its_traceback(command, directory):
+    (directory / "mistaken.py").write_text("def get_config(variant=None):\n    return {}['nothing']\n")
+    code, said = command(config="mistaken.py")
+    assert code == 1 and "return {}['nothing']" in said and "KeyError: 'nothing'" in said
+    assert not (directory / "run").exists()
 
 
 def test_a_word_that_is_no_flag_is_refused(refused):

@@ -16,7 +16,7 @@ ROW = {"id": "row-7", "problem": "1+1=", "answer": "2"}
 
 
 def score(value) -> list[float]:
-    return tasks.score(lambda prompt, completion, row: value, ["p"], ["c"], [ROW])
+    return tasks.score(lambda prompt, completion, row: value, ["p"], ["c"], [ROW]).tolist()
 
 
 def test_a_reward_sees_prompt_completion_and_row():
@@ -24,13 +24,13 @@ def test_a_reward_sees_prompt_completion_and_row():
     values = tasks.score(
         lambda *given: seen.append(given) or len(seen), ["p", "q"], ["c", "d"], [ROW, ROW | {"id": "8"}]
     )
-    assert values == [1.0, 2.0]
+    assert values.tolist() == [1.0, 2.0] and values.dtype == np.float64
     assert seen == [("p", "c", ROW), ("q", "d", ROW | {"id": "8"})]
 
 
 @pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), fractions.Fraction(1)])
 def test_finite_numbers_and_truth_values_are_rewards(value):
-    assert score(value) == [1.0] and type(score(value)[0]) is float
+    assert score(value) == [1.0]
 
 
 @pytest.mark.parametrize("value", [None, "1", math.nan, -math.inf, np.float32("nan"), 1j, [1.0], np.ones(1), 10**400])

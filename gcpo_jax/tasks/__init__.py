@@ -1,17 +1,21 @@
-"""Problems in, rewards out: see load.py (data), rewards.py (calling a reward), arithmetic.py and math.py (tasks)."""
+"""Problems in, rewards out: see load.py (data), rewards.py and overlap.py (calling a reward), and the tasks
+arithmetic.py, math.py and code.py."""
 
 from gcpo_jax.tasks.jsonl import DataError, Row
 from gcpo_jax.tasks.load import Problems, Task, batch_indices, build
-from gcpo_jax.tasks.rewards import Reward, RewardError, resolve_answer, resolve_reward, score
+from gcpo_jax.tasks.overlap import Grading
+from gcpo_jax.tasks.rewards import Reward, RewardError, batched, resolve_answer, resolve_reward, score
 
 __all__ = [
     "DataError",
+    "Grading",
     "Problems",
     "Reward",
     "RewardError",
     "Row",
     "Task",
     "batch_indices",
+    "batched",
     "build",
     "resolve_answer",
     "resolve_reward",

@@ -8,11 +8,13 @@ A row of HumanEval has "prompt" (a function up to its docstring), "entry_point" 
 
 import ast
 import builtins
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from gcpo_jax.tasks import sandbox
+from gcpo_jax.tasks.rewards import batched
 from gcpo_jax.tasks.sandbox import Program, SandboxUnavailable, Verdict, split
 
 __all__ = [
@@ -78,16 +80,6 @@ def run_all(
     return sandbox.shared(unsafe).judge(whole, timeout_s, memory_mb, workers)
 
 
-def reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """1 where the completion passes all tests of the row, else 0."""
-    return rewards([prompt], [completion], [row])[0]
-
-
-def fraction(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """The share of the row's asserts that hold."""
-    return rewards([prompt], [completion], [row], every=True)[0]
-
-
 def rewards(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -100,11 +92,24 @@ def rewards(
 
     Raises:
       ValueError: for a row that is in neither format.
+      SandboxUnavailable: naming what the system lacks, unless `unsafe`.
     """
     del prompts  # the row has the problem without the templates around it
     programs = [program(completion, row, every) for completion, row in zip(completions, rows, strict=True)]
     verdicts = run_all(programs, timeout_s, unsafe=unsafe)
     return [v.tests_passed / max(v.tests, 1) if every and not v.passed else float(v.passed) for v in verdicts]
+
+
+@batched(rewards, missing=available)
+def reward(prompt: str, completion: str, row: dict[str, Any], unsafe: bool = False) -> float:
+    """1 where the completion passes all tests of the row, else 0."""
+    return rewards([prompt], [completion], [row], unsafe=unsafe)[0]
+
+
+@batched(functools.partial(rewards, every=True), missing=available)
+def fraction(prompt: str, completion: str, row: dict[str, Any], unsafe: bool = False) -> float:
+    """The share of the row's asserts that hold."""
+    return rewards([prompt], [completion], [row], every=True, unsafe=unsafe)[0]
 
 
 def program(completion: str, row: dict[str, Any], every: bool = False) -> Program:

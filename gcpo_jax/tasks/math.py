@@ -34,6 +34,7 @@ from gcpo_jax.grading import equivalence, extract
 from gcpo_jax.grading.notation import compact, tidy
 from gcpo_jax.grading.scalars import Undecided
 from gcpo_jax.grading.workers import Pool
+from gcpo_jax.tasks.rewards import batched
 
 _POOL = Pool()
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
@@ -101,10 +102,17 @@ def grade(completion: str, gold: str, percent: bool = False) -> bool:
     return grade_all([completion], [gold], [percent])[0]
 
 
+def rewards(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> list[float]:
+    """`reward` of many completions, hard ones in parallel."""
+    del prompts
+    verdicts = grade_all(completions, [str(row["answer"]) for row in rows], [asks_percentage(row) for row in rows])
+    return [float(verdict) for verdict in verdicts]
+
+
+@batched(rewards)
 def reward(prompt: str, completion: str, row: dict) -> float:
     """1 for the right answer, else 0; the gold is row["answer"]."""
-    del prompt
-    return float(grade(completion, str(row["answer"]), asks_percentage(row)))
+    return rewards([prompt], [completion], [row])[0]
 
 
 def asks_percentage(row: dict) -> bool:

@@ -1,5 +1,11 @@
-"""Finding a reward by its dotted path, and calling it so that a failure names the row."""
+"""Finding a reward by its dotted path, and calling it so that a failure names the row.
 
+A reward is a function reward(prompt, completion, row) -> number. It may have a batch form, a function of three lists
+that returns the numbers in order: `reward.batch = many`, or `@batched(many)`. That is used wherever there is one, and
+training calls it in a thread of its own while the device works (overlap.py).
+"""
+
+import functools
 import importlib
 import math
 import numbers
@@ -13,11 +19,27 @@ import numpy as np
 from gcpo_jax.config import ConfigError
 
 Reward = Callable[[str, str, dict[str, Any]], float]
+Batch = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
 Answer = Callable[[str], str | None]
 
 
 class RewardError(RuntimeError):
     """A reward that raised, or that returned something other than a finite number."""
+
+
+def batched(many: Callable, missing: Callable[[], list[str]] | None = None) -> Callable[[Callable], Any]:
+    """Decorates a reward that has the batch form `many`.
+
+    Args:
+      missing: for a reward that runs what a policy wrote: names what this system lacks for that to be safe. The reward
+        and `many` then take `unsafe`, which runs it all the same.
+    """
+
+    def decorate(reward: Any) -> Any:
+        reward.batch, reward.missing = many, missing
+        return reward
+
+    return decorate
 
 
 def _resolve(path: str) -> tuple[Any, str]:
@@ -36,20 +58,35 @@ def _resolve(path: str) -> tuple[Any, str]:
         raise ConfigError(message) from error
 
 
-def resolve_reward(path: str) -> Reward:
+def resolve_reward(path: str, unsafe: bool = False) -> Reward:
     """The callable reward(prompt, completion, row) -> float at a dotted path.
 
     "tasks.NAME.FUNCTION" is one of this package; any other module is looked for on the import path, and in the working
     directory.
 
+    Args:
+      unsafe: a reward that runs what a policy wrote does so also where the system cannot confine it.
+
     Raises:
-      ConfigError: where there is no such module or function, or where importing the module fails.
+      ConfigError: where there is no such module or function, where importing the module fails, or where the system
+        lacks what the reward needs.
     """
     module, name = _resolve(path)
-    function: Reward | None = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"data.reward={path!r}: {module.__name__} has no function {name!r}")
-    return function
+    reward: Any = function
+    missing = getattr(reward, "missing", None)
+    if missing is None:
+        return reward
+    if unsafe:
+        return batched(functools.partial(reward.batch, unsafe=True))(functools.partial(reward, unsafe=True))
+    if lacking := missing():
+        raise ConfigError(
+            f"data.reward={path!r} runs programs that the policy wrote, and this system cannot confine them; missing: "
+            f"{'; '.join(lacking)}. data.unsafe=True runs them with less isolation"
+        )
+    return reward
 
 
 def resolve_answer(path: str) -> Answer:
@@ -75,24 +112,42 @@ def resolve_answer(path: str) -> Answer:
 
 def score(
     reward: Reward, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict[str, Any]]
-) -> list[float]:
-    """The reward of each completion: any finite real number, of Python or NumPy, True and False counting as 1 and 0.
+) -> np.ndarray:
+    """The reward of each completion, float64 [R], by the reward's batch form where it has one.
+
+    A reward is any finite real number, of Python or NumPy, True and False counting as 1 and 0.
 
     Raises:
       RewardError: naming the row, its completion and what happened.
     """
-    values = []
-    for prompt, completion, row in zip(prompts, completions, rows, strict=True):
-        where = f"row {row.get('id')!r}, completion {completion[:200]!r}"
-        try:
-            value = reward(prompt, completion, row)
-        except Exception as error:
-            raise RewardError(f"the reward raised {type(error).__name__}: {error} ({where})") from error
-        try:
-            number = float(value) if isinstance(value, numbers.Real | np.bool_) else math.nan
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise RewardError(f"the reward is {value!r:.200}, not a finite number ({where})")
-        values.append(number)
-    return values
+    many = getattr(reward, "batch", None)
+    if many is None or not len(rows):
+        values = (_call(reward, given, _where(*given[1:])) for given in zip(prompts, completions, rows, strict=True))
+    else:
+        ends = f"one of {len(rows)} rows, {rows[0].get('id')!r} to {rows[-1].get('id')!r}"
+        where = ends if len(rows) > 1 else _where(completions[0], rows[0])
+        values = _call(many, (prompts, completions, rows), where)
+        if not isinstance(values, Sequence | np.ndarray) or len(values) != len(rows):
+            raise RewardError(f"the reward's batch form returned {values!r:.200}, not {len(rows)} numbers in order")
+    return np.array([_number(*given) for given in zip(values, completions, rows, strict=True)], np.float64)
+
+
+def _call(function: Callable, given: tuple, where: str) -> Any:
+    try:
+        return function(*given)
+    except Exception as error:
+        raise RewardError(f"the reward raised {type(error).__name__}: {error} ({where})") from error
+
+
+def _where(completion: str, row: dict[str, Any]) -> str:
+    return f"row {row.get('id')!r}, completion {completion[:200]!r}"
+
+
+def _number(value: Any, completion: str, row: dict[str, Any]) -> float:
+    try:
+        number = float(value) if isinstance(value, numbers.Real | np.bool_) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RewardError(f"the reward is {value!r:.200}, not a finite number ({_where(completion, row)})")
+    return number
