@@ -257,7 +257,7 @@ class Estimator:
         results = inputs * call.n * call.tokens * 8
         return Bytes(params + inputs * call.width * 4, results, temp + results + caches, caches)
 
-    def _forward(self, rows: float, part: "Part") -> tuple[float, float]:
+    def _forward(self, rows: int | float, part: "Part") -> tuple[float, float]:
         """FLOPs on a device of the layers' products, and of attention, for its share of rows."""
         c, t = self.model, self._axis("tensor")
         mine = rows / self.row_shards

@@ -104,7 +104,7 @@ def sample(
         # Every shard has its part of the prompts, and none has two more than another; those alike lie together.
         placed = np.full((shards, call.prompts // shards // alike), -1)
         placed.T.flat[: len(groups)] = groups
-        rows = [g * alike + k if g >= 0 else -1 for g in placed.flat for k in range(alike)]
+        rows = [g * alike + k if g >= 0 else -1 for g in placed.ravel().tolist() for k in range(alike)]
         ids, lengths = pad_rows([prompts[r] if r >= 0 else [0, 0] for r in rows], call.prompts, call.width)
         real = np.array(rows) >= 0
         number = np.array([index[r] if r >= 0 else 0 for r in rows], np.int32)
