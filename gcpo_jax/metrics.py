@@ -16,12 +16,24 @@ import jax.numpy as jnp
 
 from gcpo_jax import hardware
 
+_compiled: list[
+    float
+] = []  # seconds of each program that this process compiled, or read from the cache of compilations
+
+
+def _note_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
 
 class Timers:
-    """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
+    """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up. And programs compiled meanwhile."""
 
     def __init__(self):
-        self._began = time.perf_counter()
+        self._began, self._compiled = time.perf_counter(), len(_compiled)
         self._seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -38,9 +50,13 @@ class Timers:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """{"time/PHASE_s": seconds}, with "time/step_s" since construction."""
+        """{"time/PHASE_s": seconds}, with "time/step_s" and the number "time/compilations" since construction."""
         seconds = self._seconds | {"step": time.perf_counter() - self._began}
-        return {f"time/{phase}_s": value for phase, value in seconds.items()}
+        named = {f"time/{phase}_s": value for phase, value in seconds.items()}
+        return named | {"time/compilations": len(_compiled) - self._compiled}
+
+
+COMPILING_STEPS = 10  # in a row, after which a run is told that it compiles all the time
 
 
 class Log:
@@ -56,7 +72,7 @@ class Log:
 
     def __init__(self, workdir: pathlib.Path, resume_at: int, total: int, quiet: bool = False):
         self._metrics, self._completions = workdir / "metrics.jsonl", workdir / "completions.jsonl"
-        self._total, self._quiet, self._seconds = total, quiet, []
+        self._total, self._quiet, self._seconds, self._compiling = total, quiet, [], 0
         for path in (self._metrics, self._completions):
             keep_until(path, resume_at)
 
@@ -68,6 +84,12 @@ class Log:
         if "reward/mean" in row:
             self._seconds = [*self._seconds, row["time/step_s"]][-20:]
         self._progress(row)
+        self._compiling = self._compiling + 1 if row.get("time/compilations") else 0
+        if self._compiling == COMPILING_STEPS:
+            self.say(
+                f"warning: each of the last {COMPILING_STEPS} steps compiled programs, for lengths that had not been seen; "
+                "a smaller contexts.cap or max_prompt_tokens makes fewer"
+            )
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -45,6 +45,7 @@ NAMES = (
     "time/score_s",
     "time/update_s",
     "time/step_s",
+    "time/compilations",
     "tokens_per_s",
     "mfu",
 )

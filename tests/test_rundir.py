@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from gcpo_jax import rundir
+from gcpo_jax import metrics, rundir
 from gcpo_jax.config import Config, ConfigError, flatten
 
 
@@ -146,3 +147,15 @@ def test_a_read_only_directory_is_a_clear_error(tmp_path, config):
             subprocess.run(["umount", str(tmp_path)], check=True)
         else:
             tmp_path.chmod(0o700)
+
+
+def test_a_run_that_compiles_at_every_step_is_told_once(tmp_path, capsys):
+    log = metrics.Log(tmp_path, resume_at=-1, total=40)
+    for step in range(1, 31):
+        timers = metrics.Timers()
+        if step != 5:
+            jax.jit(lambda x, step=step: x + step)(1.0).block_until_ready()
+        log.write({"step": step} | timers.read())
+    assert capsys.readouterr().err.count("warning: each of the last 10 steps compiled programs") == 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time/compilations"] > 0 for row in rows] == [step != 5 for step in range(1, 31)]
