@@ -30,7 +30,7 @@ jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 
 class Timers:
-    """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up. And programs compiled meanwhile."""
+    """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
 
     def __init__(self):
         self._began, self._compiled = time.perf_counter(), len(_compiled)
@@ -87,8 +87,8 @@ class Log:
         self._compiling = self._compiling + 1 if row.get("time/compilations") else 0
         if self._compiling == COMPILING_STEPS:
             self.say(
-                f"warning: each of the last {COMPILING_STEPS} steps compiled programs, for lengths that had not been seen; "
-                "a smaller contexts.cap or max_prompt_tokens makes fewer"
+                f"warning: each of the last {COMPILING_STEPS} steps compiled programs for lengths not seen before; "
+                "a smaller contexts.cap or rollout.max_prompt_tokens makes fewer"
             )
 
     def say(self, text: str) -> None:

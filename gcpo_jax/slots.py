@@ -283,10 +283,10 @@ def run(
             cache=prompt_cache(shards * F),
         ),
     )
-    _, results, lanes, _ = jax.lax.while_loop(unfinished, advance, state)
+    _, results, ended, _ = jax.lax.while_loop(unfinished, advance, state)
 
     def collect(results, lanes):
         return hand_over(results, lanes, jnp.arange(B), lanes.entry)
 
-    results = _over_shards(shards, collect, _CUT[:2], _CUT[0])(results, lanes)
+    results = _over_shards(shards, collect, _CUT[:2], _CUT[0])(results, ended)
     return results.tokens.reshape(-1, n, T), results.logprobs.reshape(-1, n, T), results.count.reshape(-1, n)
