@@ -16,9 +16,7 @@ import jax.numpy as jnp
 
 from gcpo_jax import hardware
 
-_compiled: list[
-    float
-] = []  # seconds of each program that this process compiled, or read from the cache of compilations
+_compiled: list[float] = []  # seconds of each program that this process compiled or read from its cache
 
 
 def _note_compilation(event: str, seconds: float, **_: Any) -> None:
