@@ -108,7 +108,7 @@ class Actor:
 
 
 def collect(
-    actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers
+    actor: Actor, reward: tasks.Reward, rows: Sequence[dict[str, Any]], step: int, timers: Timers, repeat: int = 0
 ) -> Experience:
     """Lines 5 to 11 of the paper's Algorithm 1 for one batch of problems.
 
@@ -117,22 +117,25 @@ def collect(
 
     Args:
       step: updates done so far; with the run's seed it fixes every random choice here.
+      repeat: other than 0, the same candidates with other integrated outputs, contexts and roll-outs.
 
     Raises:
       tasks.RewardError: naming the row whose reward raised or is no finite number.
     """
     with tasks.Grading(reward) as grading:
-        exp = _collect(actor, grading, rows, step, timers)
+        exp = _collect(actor, grading, rows, step, timers, repeat)
     timers.add("reward_busy", grading.seconds)
     return exp
 
 
-def _collect(actor: Actor, grading: tasks.Grading, rows, step: int, timers: Timers) -> Experience:
+def _collect(actor: Actor, grading: tasks.Grading, rows, step: int, timers: Timers, repeat: int) -> Experience:
     config, a = actor.config, actor.config.algorithm
     B, n = len(rows), config.rollout.group_size
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-    rng = np.random.default_rng([config.train.seed, step])
+    rng = np.random.default_rng([config.train.seed, step] + ([repeat] if repeat else []))
     keys = {name: jax.random.fold_in(key, k) for k, name in enumerate(("candidates", "integrated", "rollouts"))}
+    if repeat:
+        keys |= {name: jax.random.fold_in(keys[name], repeat) for name in ("integrated", "rollouts")}
 
     texts: list[list[str]] = [[] for _ in rows]
     with timers("sample"):
