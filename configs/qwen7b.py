@@ -11,8 +11,9 @@ Hardware, for which `python -m gcpo_jax.plan` says that it fits (docs/results/pl
 
   64 x v5p (v5p:4x4x4)      none
   64 x v6e (v6e:8x8)        none
-  256 x v5e (v5e:16x16)     --config.mesh.tensor=4 --config.learner.micro_batch=64
   8 x A100-80GB             --config.mesh.tensor=1 --config.learner.micro_batch=8 --config.rollout.max_rows=32
+
+Not on v5e: a row of the causal KL has up to 30,720 positions, which no mesh axis cuts.
 
 A micro-batch is whole groups, and a multiple of mesh.data * mesh.fsdp; 7B has heads for mesh.tensor of 1, 2 or 4.
 """

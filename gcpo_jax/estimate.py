@@ -34,7 +34,7 @@ ASSUMPTIONS = (
 )
 FORMULA = (
     "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
-    "vocabulary tables with gradient + kept activations (remat full: L r S D/t b) + one layer's backward pass "
+    "vocabulary tables with gradient + kept activations (remat full: L r S D b) + one layer's backward pass "
     "(r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = caches + twice the prompt's keys and "
     "values + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) + 4 x a token's logits; scorer temp = one layer + "
     "logits"
@@ -206,7 +206,7 @@ class Estimator:
     def _activations(self, rows: int, part: "Part") -> int:
         """Bytes kept and computed while rows are differentiated on a device."""
         c, t, tokens = self.model, self._axis("tensor"), rows * part.tokens
-        kept = c.hidden_size // t
+        kept = c.hidden_size
         if self.config.model.remat != "full":
             kept += c.hidden_size * 2 + ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size) // t
         if self.config.model.remat == "none":

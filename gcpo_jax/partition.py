@@ -30,7 +30,6 @@ AXES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "positions": ("tensor",),
     "width": ("fsdp",),
     # One decoded token a row is far smaller than the parameters: while decoding, these stay and the rows travel.
     "step_rows": ("data",),
@@ -55,7 +54,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "rows": ("rows",),  # [R, ...], whatever follows
     "parts": (None, "rows"),  # [micro-batches, R, ...]
-    "hidden": ("rows", "positions", None),  # [R, S, D] between layers: all that full remat keeps (arXiv:2205.05198)
+    "hidden": ("rows", None, None),  # [R, S, D]
     "logits": ("rows", None, "vocabulary"),  # [R, t, V]
     "prompt_cache": (None, "rows", "kv_heads", None, None),  # [L, B, K, P, A]
     "cache": (None, "rows", None, "kv_heads", None, None),  # [L, B, n, K, T, A]

@@ -160,7 +160,7 @@ def constrain(c: ModelConfig, x, name: str):
 def embed(c: ModelConfig, params: Params, tokens):
     """Token ids to vectors. The table is put together over fsdp first: rows and width cannot both be cut by it."""
     table = params["embed"] if c.layout is None else c.layout.gather({"embed": params["embed"]})["embed"]
-    return constrain(c, table[tokens], "rows")
+    return constrain(c, table[tokens], "hidden")
 
 
 def final_norm(c: ModelConfig, params: Params, x):
@@ -188,14 +188,11 @@ def run_layers(c: ModelConfig, params: Params, tokens, positions, attend: Callab
     def layer(x, layer_params):
         if c.layout is not None:
             layer_params = c.layout.gather(layer_params, section="layers")
-        # What lies between layers, and is kept, is cut. Inside, its products cut heads and width: told so at both ends,
-        # since a compiler that spreads the cut of positions into them gathers parameters instead.
-        x, kept = block(c, layer_params)(constrain(c, x, "rows"), positions, attend)
-        return constrain(c, constrain(c, x, "rows"), "hidden"), kept
+        x, kept = block(c, layer_params)(x, positions, attend)
+        return constrain(c, x, "hidden"), kept
 
-    x = constrain(c, embed(c, params, tokens), "hidden")
-    x, kept = jax.lax.scan(_rematerialised(layer, remat, c), x, params["layers"])
-    return constrain(c, final_norm(c, params, x), "rows"), kept
+    x, kept = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
+    return final_norm(c, params, x), kept
 
 
 def places(tokens):
