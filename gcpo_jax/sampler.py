@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gcpo_jax import models
 from gcpo_jax.batching import bucket, chunks, pad_rows
-from gcpo_jax.partition import put_rows
+from gcpo_jax.partition import fetch, put_rows
 
 
 class Samples(NamedTuple):
@@ -115,7 +115,7 @@ def sample(
         )
         running.append((rows, out))
     for rows, out in running:
-        drawn, logp, length = (np.asarray(x) for x in out)
+        drawn, logp, length = fetch(out)
         for at, row in enumerate(rows):
             tokens[row] = [drawn[at, k, : length[at, k]].tolist() for k in range(n)]
             logprobs[row] = [logp[at, k, : length[at, k]].tolist() for k in range(n)]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
 from gcpo_jax.batching import bucket, chunks, pad_rows
-from gcpo_jax.partition import put_rows
+from gcpo_jax.partition import fetch, put_rows
 
 # Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
 TOKENS_PER_CHUNK = 1024
@@ -114,7 +114,7 @@ def score(
         logp, _ = _completion_logprobs(model_config, params, *inputs, width, float(temperature))
         running.append((rows, logp))
     for rows, logp in running:
-        result[rows] = np.asarray(logp)[: len(rows)]
+        result[rows] = fetch(logp)[: len(rows)]
     return result
 
 
@@ -138,6 +138,6 @@ def last_hidden(
         tokens, lengths = pad_rows([distinct[r] for r in rows], size, bucket(max(len(distinct[r]) for r in rows)))
         running.append((rows, _last_hidden(model_config, params, *put_rows(layout, tokens, np.maximum(lengths, 1)))))
     for rows, hidden in running:
-        result[rows] = np.asarray(hidden)[: len(rows)]
+        result[rows] = fetch(hidden)[: len(rows)]
     at = {s: r for r, s in enumerate(distinct)}
     return result[[at[tuple(s)] for s in sequences]]
