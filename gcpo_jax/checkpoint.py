@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 from absl import logging as absl_logging
 
 from gcpo_jax import processes
@@ -44,6 +45,9 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         # Every failure becomes an exception here; Orbax would print its traceback as well.
         absl_logging.get_absl_logger().addFilter(_not_from_orbax)
+        if processes.count() > 1:
+            # Its threads would meet in device programs, which may cross those of the run itself and wait for ever.
+            flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
         self._directory = directory.resolve()
         self._pending: int | None = None
         self._closed = False
