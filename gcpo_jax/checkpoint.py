@@ -267,15 +267,12 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    digests = {name: _digest(x) for name, x in arrays.items()}
-    return {
-        name: {
-            "shape": list(x.shape),
-            "dtype": str(x.dtype),
-            "digest": "".join(f"{int(part):08x}" for part in np.asarray(digests[name])),
-        }
-        for name, x in arrays.items()
-    }
+    def describe(x: Any) -> dict[str, Any]:
+        # One at a time: devices that are threads of few cores come to a standstill over many sums under way at once.
+        digest = "".join(f"{int(part):08x}" for part in np.asarray(_digest(x)))
+        return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest}
+
+    return {name: describe(x) for name, x in arrays.items()}
 
 
 @jax.jit

@@ -26,12 +26,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as coordination  # the barrier with a bound in time has no public name
 from jax.experimental.multihost_utils import process_allgather
 
 from gcpo_jax.config import ConfigError
 
 HEARTBEAT_S = 30  # silence after which a process is taken for dead
-MEET_S = 300  # for all processes to come
+MEET_S = 300  # for all processes to come, or to end
 _LEAVE_S = 5  # for the others to say the same error, or to come to the end
 
 _VARIABLES = {
@@ -39,6 +40,7 @@ _VARIABLES = {
     "processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+_COLLECTIVES = "JAX_CPU_COLLECTIVES_IMPLEMENTATION"  # JAX's own variable: "mpi" where its CPU processes have that
 _LOST = re.compile("gloo|nccl|coordination|barrier|heartbeat|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED", re.I)
 _SAY_LOST = (
     "another process of this run ended, or cannot be reached any more; "
@@ -132,7 +134,7 @@ def joined(
         return
     # Its notifier would take SIGTERM for itself; train exchanges what the processes were told, at points of its own.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_cpu_collectives_implementation", jax.config.jax_cpu_collectives_implementation or "gloo")
+    jax.config.update("jax_cpu_collectives_implementation", os.environ.get(_COLLECTIVES, "gloo"))
     # On CPU, two programs under way at once may wait for each other's part in another process.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
@@ -140,7 +142,7 @@ def joined(
             **given,
             initialization_timeout=MEET_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=MEET_S,
         )
     except (ValueError, RuntimeError) as error:
         if distributed == "auto" and "defined" in str(error):
@@ -212,5 +214,5 @@ def _leave(error: BaseException, expected: tuple, shell: subprocess.Popen) -> No
     sys.stderr.flush()
     # An error that all have is said by each before the first of them is missed.
     with contextlib.suppress(Exception):
-        jax._src.distributed.global_state.client.wait_at_barrier("leave", _LEAVE_S * 1000)
+        coordination.global_state.client.wait_at_barrier("leave", _LEAVE_S * 1000)
     os._exit(1)
