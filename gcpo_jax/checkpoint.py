@@ -17,9 +17,13 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 from absl import logging as absl_logging
+
+from gcpo_jax import processes
 
 MANIFEST = "SHA256SUMS"
 
@@ -41,6 +45,9 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         # Every failure becomes an exception here; Orbax would print its traceback as well.
         absl_logging.get_absl_logger().addFilter(_not_from_orbax)
+        if processes.count() > 1:
+            # Its threads would meet in device programs, which may cross those of the run itself and wait for ever.
+            flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
         self._directory = directory.resolve()
         self._pending: int | None = None
         self._closed = False
@@ -58,7 +65,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step that was saved completely; None where there is none."""
-        return max(self._steps(), default=None)
+        # As process 0 sees it: on a shared disk the others may see a rename a little later.
+        return processes.by_first(lambda: max(self._steps(), default=None), CheckpointError)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Start saving, unless the step is there already. Afterwards `state` may be donated; the files come later.
@@ -71,7 +79,7 @@ class Checkpoints:
           CheckpointError: where this save cannot start, or the one before failed (full disk, ...).
         """
         self._wait()
-        if step in self._steps():
+        if step in processes.by_first(self._steps, CheckpointError):
             return
         arrays = _flatten(state)
         items = ocp.args.Composite(
@@ -96,7 +104,7 @@ class Checkpoints:
             the arrays in which the checkpoint and `like` differ.
         """
         self._wait()
-        if damaged := damaged_files(self._directory / str(step)):
+        if damaged := processes.by_first(lambda: damaged_files(self._directory / str(step)), CheckpointError):
             raise self._damage(step, "file", damaged)
         template = _flatten(like)
         stored = self._read(step, metadata=ocp.args.JsonRestore())
@@ -137,7 +145,7 @@ class Checkpoints:
         self._pending = None
 
     def _failed(self, error: Exception) -> CheckpointError:
-        latest = self.latest()
+        latest = max(self._steps(), default=None)  # alone: the other processes may not have failed
         kept = "there is no earlier checkpoint" if latest is None else f"the checkpoint of step {latest} is intact"
         return CheckpointError(
             f"step {self._pending} could not be saved in {self._directory}: {_brief(error)}; {kept}, "
@@ -145,6 +153,9 @@ class Checkpoints:
         )
 
     def _damage(self, step: int, kind: str, names: list[str]) -> CheckpointError:
+        return CheckpointError(processes.by_first(lambda: self._say_damage(step, kind, names), CheckpointError))
+
+    def _say_damage(self, step: int, kind: str, names: list[str]) -> str:
         later, whole = [step], None
         for other in sorted((s for s in self._steps() if s < step), reverse=True):
             if not damaged_files(self._directory / str(other)):
@@ -154,7 +165,7 @@ class Checkpoints:
         start = "the beginning: no earlier checkpoint is whole"
         if whole is not None:
             start = f"step {whole}, whose checkpoint is whole"
-        return CheckpointError(
+        return (
             f"the checkpoint {self._directory / str(step)} is damaged: {kind} {', '.join(names)} differs from what was "
             f"saved. Nothing was restored. To go on from {start}, delete "
             f"{' and '.join(str(self._directory / str(s)) for s in later)} and run the same command again"
@@ -257,14 +268,32 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
     def describe(x: Any) -> dict[str, Any]:
-        host = np.ascontiguousarray(x)
-        digest = hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+        # One at a time: devices that are threads of few cores come to a standstill over many sums under way at once.
+        digest = "".join(f"{int(part):08x}" for part in np.asarray(_digest(x)))
         return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest}
 
-    for x in arrays.values():
-        x.copy_to_host_async()  # jax keeps this copy, and Orbax writes it
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(zip(arrays, pool.map(describe, arrays.values()), strict=True))
+    return {name: describe(x) for name, x in arrays.items()}
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """Two sums over mixed bits and places of all elements: the same in however many pieces the array lies.
+
+    It is computed where the array is; a change of any one element changes both sums, as the mixing is one to one.
+    """
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = place * np.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def mix(h):  # the finaliser of MurmurHash3
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> np.uint32(16))
+
+    sums = [jnp.sum(mix(bits.astype(jnp.uint32) ^ mix(place + np.uint32(salt))), dtype=jnp.uint32) for salt in (1, 2)]
+    return jnp.stack(sums)
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,7 @@ import difflib
 import pathlib
 import runpy
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -14,9 +15,22 @@ RECIPES = pathlib.Path(__file__).parent / "configs"
 
 
 def define() -> None:
-    """The two flags of the training command, --config and --workdir."""
+    """The flags --config and --workdir, and those of one of several processes."""
     config_flags.DEFINE_config_file("config", str(RECIPES / "tiny.py"), "a file of configs/, with :preset if wanted")
     flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
+    flags.DEFINE_enum(
+        "distributed", "", ["", "auto", "env"],
+        "one of several processes, as Slurm, a TPU pod or Open MPI say (auto), or as JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID say (env)",
+    )  # fmt: skip
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; with --processes and --process_id")
+    flags.DEFINE_integer("processes", None, "how many processes share the run", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+
+
+def processes() -> dict[str, Any]:
+    """What the flags say of this process among others: arguments of processes.joined."""
+    return {name: flags.FLAGS[name].value for name in ("coordinator", "processes", "process_id", "distributed")}
 
 
 def parse(argv: list[str]) -> list[str]:

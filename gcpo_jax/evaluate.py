@@ -44,14 +44,12 @@ def accuracy(
     ).tokens
     per_problem: dict[str, list[float]] = {"pass@1": [], "greedy": [], "majority": []}
     texts_of = [actor.decode([*group, best[0]]) for group, best in zip(drawn, greedy, strict=True)]
-    # All at once, so that a reward with a batch form grades them side by side.
-    scores_of = tasks.score(
-        reward,
-        [question for question in actor.decode(prompts, False) for _ in range(samples + 1)],
-        [text for texts in texts_of for text in texts],
-        [row for row in rows for _ in range(samples + 1)],
-    ).reshape(len(rows), samples + 1)
-    for texts, scores in zip(texts_of, scores_of.tolist(), strict=True):
+    with tasks.Grading(reward) as grading:
+        for k, question in enumerate(actor.decode(prompts, False)):
+            grading.add(k, question, texts_of[k], rows[k])
+        scores_of = grading.wait()
+    for k, texts in enumerate(texts_of):
+        scores = scores_of[k].tolist()
         per_problem["pass@1"].append(float(np.mean(scores[:-1])))
         per_problem["greedy"].append(scores[-1])
         per_problem["majority"].append(majority([answer(t) for t in texts[:-1]], scores[:-1]))

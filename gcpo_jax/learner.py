@@ -165,6 +165,11 @@ def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
     )
 
 
+def place(batch: Batch, layout: Layout | None) -> Batch:
+    """The batch on the devices that will read it."""
+    return batch if layout is None else jax.tree.map(layout.put_rows, batch)
+
+
 def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     n = actor.config.rollout.group_size
     targets = [(int(b), int(i)) for b, i in zip(*np.nonzero(exp.klc_weight), strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gcpo_jax import hardware
+from gcpo_jax import hardware, processes
 
 _compiled: list[float] = []  # seconds of each program that this process compiled or read from its cache
 
@@ -64,6 +64,8 @@ class Log:
       resume_at: rows of later steps, and a torn last line, are dropped, so no step stands twice.
       total: steps of the whole run, for the time left.
 
+    Of several processes only the first writes and says anything.
+
     Raises:
       OSError: where the files cannot be written.
     """
@@ -71,11 +73,14 @@ class Log:
     def __init__(self, workdir: pathlib.Path, resume_at: int, total: int, quiet: bool = False):
         self._metrics, self._completions = workdir / "metrics.jsonl", workdir / "completions.jsonl"
         self._total, self._quiet, self._seconds, self._compiling = total, quiet, [], 0
-        for path in (self._metrics, self._completions):
+        self._writes = processes.is_first()
+        for path in (self._metrics, self._completions) if self._writes else ():
             keep_until(path, resume_at)
 
     def write(self, row: dict[str, Any], completions: Sequence[dict[str, Any]] = ()) -> None:
         """One step: its metrics (numbers that are not finite become null) and its readable groups."""
+        if not self._writes:
+            return
         for completion in completions:
             append(self._completions, completion)
         append(self._metrics, row)
@@ -91,7 +96,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        if not self._quiet:
+        if self._writes and not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def _progress(self, row: dict[str, Any]) -> None:

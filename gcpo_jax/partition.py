@@ -17,8 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gcpo_jax import processes
 from gcpo_jax.config import Config, ConfigError
 from gcpo_jax.config import Mesh as MeshSizes
 
@@ -279,9 +281,15 @@ def layout_of(config: Config, model: Sizes, mesh: Mesh | AbstractMesh | None = N
       ConfigError: where mesh, model and batch sizes do not fit each other; the message says which sizes would do.
     """
     if mesh is None:
-        if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1):
+        if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1) and processes.count() == 1:
             return None
         mesh = make_mesh(config.mesh)
+    if processes.count() > 1 and mesh.size < jax.device_count():
+        fields = ", ".join(f"mesh.{axis}={getattr(config.mesh, axis)}" for axis in MESH_AXES)
+        raise ConfigError(
+            f"{fields}: must take in all {jax.device_count()} devices of the {processes.count()} processes; -1 for one "
+            "of them would"
+        )
     if mesh.size == 1:
         return None
     layout = make_layout(mesh, model)
@@ -314,3 +322,13 @@ def rows_of_a_prompt(config: Config, layout: Layout | None) -> int:
 def put_rows(layout: Layout | None, *arrays: np.ndarray) -> tuple[Any, ...]:
     """Host arrays on the layout's mesh, cut along their leading axes; as they are where there is no mesh."""
     return arrays if layout is None else tuple(map(layout.put_rows, arrays))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays, wherever they lie, as whole host arrays. With several processes all must ask for the same ones."""
+
+    def one(x: Any) -> np.ndarray:
+        whole = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return np.asarray(x) if whole else process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

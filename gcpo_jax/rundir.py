@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from gcpo_jax import processes
 from gcpo_jax.config import Config, ConfigError, flatten
 
 # What may differ when a run goes on: these change what is written down or where it is computed, never a number of the
@@ -19,8 +20,8 @@ MAY_CHANGE = frozenset(
 class Run:
     """A locked run directory. The lock ends with close(), or with the process, however that ends."""
 
-    def __init__(self, lock: int):
-        self._lock: int | None = lock
+    def __init__(self, lock: int | None):
+        self._lock = lock
 
     def close(self) -> None:
         """Let another process have the directory; a second call does nothing."""
@@ -32,12 +33,30 @@ class Run:
 def open_run(workdir: pathlib.Path, config: Config) -> Run:
     """Make or reopen a run directory: lock it and write, or compare, config.json.
 
+    Of several processes the first does it; all must have the same settings and see the directory.
+
     config.json holds {"version": of gcpo_jax when the run began, "config": {"section.field": value}}.
 
     Raises:
       ConfigError: where the directory cannot be written, holds something else, is in use by another process, or holds
-        a run whose settings differ in a field outside MAY_CHANGE (every such field is named with both values).
+        a run whose settings differ in a field outside MAY_CHANGE (every such field is named with both values); or
+        where processes differ in their settings.
     """
+    processes.check_same("settings", flatten(config))
+    lock = processes.by_first(lambda: _open(workdir, flatten(config)), ConfigError)
+    processes.together(lambda: _look(workdir), ConfigError)
+    return Run(lock if processes.is_first() else None)
+
+
+def _look(workdir: pathlib.Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise ConfigError(
+            f"--workdir={str(workdir)!r}: process {processes.index()} does not see what process 0 wrote there; it must "
+            "be on a file system that all of them share"
+        )
+
+
+def _open(workdir: pathlib.Path, now: dict[str, Any]) -> int:
     settings = workdir / "config.json"
     lock = None
     try:
@@ -49,14 +68,14 @@ def open_run(workdir: pathlib.Path, config: Config) -> Run:
                 "name an empty or a new directory"
             )
         lock = _lock(workdir)
-        _settle(workdir, settings, flatten(config))
+        _settle(workdir, settings, now)
     except BaseException as error:
         if lock is not None:
             os.close(lock)
         if isinstance(error, OSError):
             raise ConfigError(f"--workdir={str(workdir)!r} cannot be written: {error}") from error
         raise
-    return Run(lock)
+    return lock
 
 
 def _lock(workdir: pathlib.Path) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from gcpo_jax import models, slots
 from gcpo_jax.batching import bucket, count_bucket, pad_rows
-from gcpo_jax.partition import put_rows
+from gcpo_jax.partition import fetch, put_rows
 
 
 class Samples(NamedTuple):
@@ -127,7 +127,7 @@ def sample(
         )
         running.append((rows, out))
     for rows, out in running:
-        drawn, logp, length = (np.asarray(x) for x in out)
+        drawn, logp, length = fetch(out)
         for at, row in enumerate(rows):
             if row < 0:
                 continue

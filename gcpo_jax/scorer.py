@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
 from gcpo_jax.batching import bucket, chunks, pad_rows
-from gcpo_jax.partition import put_rows
+from gcpo_jax.partition import fetch, put_rows
 
 # Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
 TOKENS_PER_CHUNK = 1024
@@ -114,7 +114,7 @@ def score(
         running.append((entries, _completion_logprobs(model_config, params, *inputs, float(temperature))[0]))
     for entries, logp in running:
         rows = [r for entry in entries for r in entry]
-        columns = np.asarray(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
+        columns = fetch(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
         result[rows, : columns.shape[1]] = columns
     return result
 
@@ -169,6 +169,6 @@ def last_hidden(
         tokens, lengths = pad_rows([distinct[r] for r in rows], size, bucket(max(len(distinct[r]) for r in rows)))
         running.append((rows, _last_hidden(model_config, params, *put_rows(layout, tokens, np.maximum(lengths, 1)))))
     for rows, hidden in running:
-        result[rows] = np.asarray(hidden)[: len(rows)]
+        result[rows] = fetch(hidden)[: len(rows)]
     at = {s: r for r, s in enumerate(distinct)}
     return result[[at[tuple(s)] for s in sequences]]

@@ -23,6 +23,7 @@ from gcpo_jax import (
     metrics,
     models,
     partition,
+    processes,
     rollout,
     rundir,
     summary,
@@ -63,6 +64,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     problems, too_long = within_limit(config, contexts, task.train, model_config.vocab_size)
     held_out, too_long_held_out = within_limit(config, contexts, task.held_out, model_config.vocab_size)
     models.check_weights(config.model.path)
+    processes.check_same("problems", tasks.fingerprint((*problems, *held_out)))
     layout = partition.layout_of(config, model_config)
     model_config = dataclasses.replace(model_config, layout=layout)
     run = rundir.open_run(workdir, config)
@@ -101,14 +103,15 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             checkpoints.save(step, state, {"step": step})
 
     def stopped(step: int) -> bool:
-        if preemption.requested:
+        signalled = any(processes.exchange(preemption.requested))
+        if signalled:
             save(step)
             checkpoints.close()
             log.say(f"stopped by a signal, saved at step {step}; the same command goes on from there")
-        return preemption.requested
+        return signalled
 
     # Closing waits for a save under way, also where a reward ends the run.
-    with checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
+    with contextlib.closing(run), checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
         for step in range(start, config.train.total_steps):
@@ -125,16 +128,17 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             del old_policy  # its copy of the parameters need not lie beside the update
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
+                placed = learner.place(batch, layout)
                 for inner in range(mu):
-                    state, values, details = update(state, batch)
+                    state, values, details = update(state, placed)
                     if inner == 0:
-                        first, details_first = jax.device_get((values, details))
-                last = jax.device_get(values)
+                        first, details_first = partition.fetch((values, details))
+                last = partition.fetch(values)
             # The clip acts only from the second update on a batch: report the last one's share.
             first["clip_fraction"] = last["clip_fraction"]
             row = {"step": step + 1, "learning_rate": float(schedule(step * mu))}
             row = summary.summarise(config, exp, batch, first, details_first, timers.read(), answer, size) | row
-            if step in config.train.audit_steps:
+            if step in config.train.audit_steps and processes.is_first():
                 path = workdir / "audit" / f"step_{step:06d}.npz"
                 audit.write(path, config, exp, batch, details_first, float(first["loss"]))
             final = step + 1 == config.train.total_steps
@@ -148,9 +152,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             if not final and stopped(step + 1):
                 return False
         checkpoints.close()
-    models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
-    log.say(f"done: {workdir / 'policy'} is the trained policy")
-    run.close()
+        models.save_pretrained(workdir / "policy", model_config, state.params, source=config.model.path)
+        log.say(f"done: {workdir / 'policy'} is the trained policy")
     return True
 
 
@@ -233,7 +236,8 @@ def main(argv: list[str]) -> None:
     file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
     try:
-        train(flags.FLAGS.config, pathlib.Path(workdir))
+        with processes.joined(**commandline.processes(), expected=EXPECTED):
+            train(flags.FLAGS.config, pathlib.Path(workdir))
     except EXPECTED as error:
         sys.exit(f"error: {error}")
 

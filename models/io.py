@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 
+from gcpo_jax import processes
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config, to_hf
 from gcpo_jax.models.qwen import Params, shapes
-from gcpo_jax.partition import make_layout
+from gcpo_jax.partition import fetch, make_layout
 
 Transform = Callable[[np.ndarray], np.ndarray]
 _keep: Transform = lambda w: w  # noqa: E731
@@ -227,7 +228,8 @@ def save_pretrained(
 ) -> None:
     """Write a directory that transformers and vLLM load; an older one there is replaced once the new one is whole.
 
-    Tensors are brought to the host and written one by one, wherever and in how many pieces they lie.
+    Tensors are brought to the host and written one by one, wherever and in how many pieces they lie. With several
+    processes all must call this, and the first writes.
 
     Args:
       source: a directory whose tokenizer, chat template and generation config are carried along.
@@ -239,12 +241,13 @@ def save_pretrained(
     """
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     flat = dict(_flat(params))
     dtype = dtype or str(flat["embed"].dtype)
     if dtype not in _WRITTEN:
         raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(_WRITTEN)}")
+    if processes.is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     # By layer, as transformers writes them.
     plan = dict(sorted(_plan(model_config).items(), key=lambda item: -1 if item[1][1] is None else item[1][1]))
     nbytes = {name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (*_, shape) in plan.items()}
@@ -259,11 +262,14 @@ def save_pretrained(
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        _write(partial / file, {name: plan[name] for name in shard}, flat, dtype)
+    if not processes.is_first():
+        return
+    if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(files, shards, strict=True):
-        _write(partial / file, {name: plan[name] for name in shard}, flat, dtype)
     hf = to_hf(model_config) | {"torch_dtype": dtype}
     (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     generation = {"eos_token_id": list(model_config.eos_ids), "pad_token_id": model_config.pad_id}
@@ -290,10 +296,10 @@ def _write(file: pathlib.Path, plan, flat: dict[str, jax.Array], dtype: str) -> 
         header[name] = {"dtype": _WRITTEN[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
+    with file.open("wb") if processes.is_first() else open(os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for our_path, layer, transform, _ in plan.values():
-            value = np.asarray(_tensor(jnp.asarray(flat[our_path]), layer, dtype))
+            value = fetch(_tensor(jnp.asarray(flat[our_path]), layer, dtype))
             out.write(np.ascontiguousarray(transform(value)).reshape(-1).view(np.uint8).data)
 
 

@@ -2,7 +2,7 @@
 arithmetic.py, math.py and code.py."""
 
 from gcpo_jax.tasks.jsonl import DataError, Row
-from gcpo_jax.tasks.load import Problems, Task, batch_indices, build
+from gcpo_jax.tasks.load import Problems, Task, batch_indices, build, fingerprint
 from gcpo_jax.tasks.overlap import Grading
 from gcpo_jax.tasks.rewards import Reward, RewardError, batched, resolve_answer, resolve_reward, score
 
@@ -17,6 +17,7 @@ __all__ = [
     "batch_indices",
     "batched",
     "build",
+    "fingerprint",
     "resolve_answer",
     "resolve_reward",
     "score",

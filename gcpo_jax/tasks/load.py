@@ -58,6 +58,12 @@ def batch_indices(size: int, queries: int, step: int, seed: int) -> list[int]:
     return [order[place] for place in range(step * queries, (step + 1) * queries)]
 
 
+def fingerprint(problems: Problems) -> dict[str, str]:
+    """The number of problems and a digest of what they say: equal where the problems are."""
+    said = json.dumps([[row["id"], row["problem"], row["answer"]] for row in problems])
+    return {"number": str(len(problems)), "sha256": hashlib.sha256(said.encode()).hexdigest()}
+
+
 def cache_directory(data: config.Data) -> pathlib.Path:
     """data.directory, or gcpo_jax in the user's cache directory."""
     if data.directory:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gcpo_jax import processes
 from gcpo_jax.tasks import rewards
 
 _Job = tuple[int, str, Sequence[str], dict[str, Any]]
@@ -18,6 +19,7 @@ class Grading:
 
     A reward with a batch form is called in one thread of its own, with all that waits at that moment. One without is
     called where it is waited for, in the order of the groups: it may use what only the main thread may (signals).
+    With several processes each grades its share of the groups, and all get all rewards.
     """
 
     def __init__(self, reward: rewards.Reward):
@@ -38,6 +40,8 @@ class Grading:
 
     def add(self, group: int, prompt: str, completions: Sequence[str], row: dict[str, Any]) -> None:
         """Have completions of one prompt graded, as the group of that number."""
+        if group % processes.count() != processes.index():
+            return
         with self._lock:
             self._waiting.append((group, prompt, completions, row))
         if self._thread is not None:
@@ -47,15 +51,19 @@ class Grading:
         """The rewards [completions] of every group added since the last call.
 
         Raises:
-          RewardError: as rewards.score.
+          RewardError: as rewards.score, in every process where it is raised in one.
         """
+        shares = processes.together(self._share, rewards.RewardError)
+        return {group: np.array(values, np.float64) for share in shares for group, values in share}
+
+    def _share(self) -> list[tuple[int, list[float]]]:
         if self._thread is None:
             self._waiting.sort(key=lambda job: job[0])
             self._grade()
         for job in self._begun:
             job.result()
         values, self._values, self._begun = self._values, {}, []
-        return values
+        return [(group, part.tolist()) for group, part in values.items()]
 
     def _grade(self) -> None:
         """Grade all that waits; nothing, where an earlier call took it along."""
