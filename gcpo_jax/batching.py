@@ -17,6 +17,11 @@ def count_bucket(count: int) -> int:
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
+def largest_share(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`, and 1 at least."""
+    return next(m for m in range(n, 0, -1) if n % m == 0 and (m <= limit or m == 1))
+
+
 def chunks(lengths: Sequence[int], rows: int, multiple: int = 1) -> Iterator[tuple[list[int], int]]:
     """Cut rows of the given lengths into device calls: (row numbers, padded row count), longest first.
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gcpo_jax import models, slots
-from gcpo_jax.batching import bucket, count_bucket, pad_rows
+from gcpo_jax.batching import bucket, count_bucket, largest_share, pad_rows
 from gcpo_jax.partition import fetch, put_rows
 
 
@@ -171,7 +171,8 @@ def calls(
         width = bucket(first)
         # Rows of one prompt share its keys where all run at once or where its keys outweigh their own. In lanes of
         # their own they need not wait for each other.
-        together = n if prompts * n <= max_rows or width >= max_new_tokens else 1
+        share = prompts * n <= max_rows or width >= max_new_tokens
+        together = largest_share(n, max_rows // shards) if share else 1
         lanes = max(1, min(prompts * n, max_rows) // (together * shards)) * shards
         unit = shards * alike
         computed = min(prompts, -(-lanes * together // (n * unit)) * unit)

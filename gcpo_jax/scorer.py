@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
-from gcpo_jax.batching import bucket, chunks, pad_rows
+from gcpo_jax.batching import bucket, chunks, largest_share, pad_rows
 from gcpo_jax.partition import fetch, put_rows
 
 # Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
@@ -139,7 +139,7 @@ def calls(
     for r, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(r)
     counts = {len(rows) for rows in by_prompt.values()}
-    n = counts.pop() if len(counts) == 1 else 1
+    n = largest_share(counts.pop(), max_rows // shards) if len(counts) == 1 else 1
     entries = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
     longest = [len(prompts[rows[0]]) + max(len(completions[r]) for r in rows) for rows in entries]
     for part, size in chunks(longest, max(1, max_rows // n), shards):

@@ -44,19 +44,20 @@ class Contexts(ContextBuilder):
     def __init__(self, config: Config):
         self.settings, self.end_ids = config.contexts, frozenset()
         self.limit = config.rollout.max_prompt_tokens
+        self.number = itertools.count(1)
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "")
 
     def query(self, problem: str) -> Ids:
-        """A prompt at the limit."""
-        return [0] * self.limit
+        """A prompt at the limit; those of different problems differ."""
+        return [int(problem), *[0] * (self.limit - 1)]
 
     def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids:
         """The query and every candidate."""
-        return [0] * (self.limit + FRAME_TOKENS + sum(HEADING_TOKENS + len(c) for c in candidates))
+        return [int(problem), *[0] * (self.limit + FRAME_TOKENS + sum(HEADING_TOKENS + len(c) for c in candidates) - 1)]
 
     def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids:
-        """The query, the other candidates and an integrated output."""
-        return self.integrate(problem, [*others, integrated])
+        """The query, the other candidates and an integrated output, with which it differs from every other context."""
+        return [*self.integrate(problem, others), next(self.number), *[0] * (HEADING_TOKENS + len(integrated) - 1)]
 
     def quote(self, completion: Ids) -> Ids:
         """At most contexts.cap of it; no part of it is known to be thinking."""
@@ -145,7 +146,7 @@ def step(config: Config, model_config: models.ModelConfig, mean: int | None = No
     """
     actor = _recorder(config, model_config, mean)
     outcome = itertools.cycle((0.0, 1.0))
-    problems = [{"id": str(b), "problem": ""} for b in range(config.rollout.queries)]
+    problems = [{"id": str(b), "problem": str(b)} for b in range(config.rollout.queries)]
     experience = rollout.collect(actor, lambda prompt, completion, row: next(outcome), problems, 0, actor.phases)
     with actor.phases("score"):
         batch = learner.make_batch(actor, {} if learner.uses_reference(config) else None, experience)
@@ -155,7 +156,7 @@ def step(config: Config, model_config: models.ModelConfig, mean: int | None = No
 def evaluation(config: Config, model_config: models.ModelConfig) -> list[Call]:
     """The device calls of an evaluation on as many problems as it may have, every completion as long as it may be."""
     actor = _recorder(config, model_config, None)
-    prompts = [actor.contexts.query("")] * config.evaluation.problems
+    prompts = [actor.contexts.query(str(k)) for k in range(config.evaluation.problems)]
     with actor.phases("evaluate"):
         for n in (config.evaluation.samples, 1):
             actor.sample(prompts, n, config.rollout.max_new_tokens, None)

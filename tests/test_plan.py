@@ -137,7 +137,7 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     monkeypatch.setattr(scorer, "dict", SimpleNamespace(fromkeys=lambda keys: list(keys)), raising=False)
     actor = rollout.Actor(c, model, {}, workload.Contexts(c))
     turns = iter(range(1000))
-    rows = [{"id": str(b), "problem": ""} for b in range(c.rollout.queries)]
+    rows = [{"id": str(b), "problem": str(b)} for b in range(c.rollout.queries)]
     exp = rollout.collect(actor, lambda *_: float(next(turns) % 2), rows, 0, metrics.Timers())
     batch = learner.make_batch(actor, {"a": 1}, exp)
     calls, planned = workload.step(c, model)
