@@ -1,8 +1,9 @@
-"""The command line of the training command: read, and what is wrong with it said in one line."""
+"""The command lines: read, and what is wrong with them said in one line."""
 
 import difflib
 import pathlib
 import sys
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
@@ -12,32 +13,42 @@ from gcpo_jax import config as config_lib
 RECIPES = pathlib.Path(__file__).parent / "configs"
 
 
-def define() -> None:
-    """The two flags, --config and --workdir."""
-    config_flags.DEFINE_config_file("config", str(RECIPES / "tiny.py"), "a file of configs/, with :preset if wanted")
+def define(recipe: str = "tiny.py") -> None:
+    """The two flags, --config and --workdir; `recipe` is the one of configs/ that --config has by default."""
+    config_flags.DEFINE_config_file("config", str(RECIPES / recipe), "a file of configs/, with :preset if wanted")
     flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The program's name, what `argv` is without its flags; whatever is wrong with them ends the program.
+def parser(kind: type, words: Callable[[], int] = lambda: 0) -> Callable[[list[str]], list[str]]:
+    """The function that app.run reads the command line with.
 
-    A recipe's own mistakes (of its Python) keep their traceback: it shows the line.
+    It returns the program's name and what is left of `argv` without its flags; whatever is wrong with them ends the
+    program. A recipe's own mistakes (of its Python) keep their traceback: it shows the line.
+
+    Args:
+      kind: the dataclass that a recipe must return.
+      words: how many arguments must be left, asked when the flags are known.
     """
-    try:
-        _check_recipe(argv)
-        _check_names(argv)
-        program, *left = flags.FLAGS(argv)
-        if left:
-            raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
-        made = flags.FLAGS.config
-        if not isinstance(made, config_lib.Config):
-            raise config_lib.ConfigError(
-                f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, "
-                f"not {type(made).__name__}"
-            )
-    except (config_lib.ConfigError, flags.Error) as error:
-        sys.exit(f"error: {_first_cause(error)}")
-    return [program]
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            _check_recipe(argv)
+            _check_names(argv, kind)
+            program, *left = flags.FLAGS(argv)
+            if len(left) != words():
+                said = f"unexpected arguments: {' '.join(left)}" if left else f"{words()} more argument is needed"
+                raise config_lib.ConfigError(said)
+            made = flags.FLAGS.config
+            if not isinstance(made, kind):
+                raise config_lib.ConfigError(
+                    f"--config={_recipe(argv)!r}: get_config() must return a {kind.__module__}.{kind.__name__}, "
+                    f"not {type(made).__name__}"
+                )
+        except (config_lib.ConfigError, flags.Error) as error:
+            sys.exit(f"error: {_first_cause(error)}")
+        return [program, *left]
+
+    return parse
 
 
 def _recipe(argv: list[str]) -> str:
@@ -61,8 +72,8 @@ def _check_recipe(argv: list[str]) -> None:
         )
 
 
-def _check_names(argv: list[str]) -> None:
-    known = config_lib.flatten(config_lib.Config())
+def _check_names(argv: list[str], kind: type) -> None:
+    known = config_lib.flatten(kind())
     for argument in argv[1:]:
         dashes, dot, name = argument.partition("=")[0].partition("config.")
         if dashes not in ("-", "--") or not dot or name in known:

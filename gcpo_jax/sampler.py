@@ -83,23 +83,28 @@ def sample(
     top_p: float | int = 1.0,
     eos_ids: Sequence[int] = (),
     max_rows: int = 512,
+    index: Sequence[int] | None = None,
 ) -> Samples:
-    """As generate, with a key. Prompts of like length go to the device together, `max_rows` rows at a time."""
+    """As generate, with a key. Prompts of like length go to the device together, `max_rows` rows at a time.
+
+    `index` numbers the prompts for the key; default: their places in the list.
+    """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
     tokens: list[list[list[int]]] = [[] for _ in prompts]
     logprobs: list[list[list[float]]] = [[] for _ in prompts]
     running = []
+    numbers = range(len(prompts)) if index is None else index
     layout = model_config.layout
     shards = 1 if layout is None else layout.row_shards
     for rows, size in chunks([len(p) for p in prompts], max(1, max_rows // n), shards):
         width = bucket(max(len(prompts[r]) for r in rows))
         ids, lengths = pad_rows([prompts[r] for r in rows], size, width)
-        index = np.zeros(size, np.int32)
-        index[: len(rows)] = rows
+        numbered = np.zeros(size, np.int32)
+        numbered[: len(rows)] = [numbers[r] for r in rows]
         out = _sample(
             model_config,
             params,
-            *put_rows(layout, ids, np.maximum(lengths, 1), index, lengths > 0),
+            *put_rows(layout, ids, np.maximum(lengths, 1), numbered, lengths > 0),
             key,
             n=n,
             max_new_tokens=max_new_tokens,

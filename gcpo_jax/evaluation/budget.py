@@ -1,0 +1,6 @@
+"""The dry run."""
+
+
+def describe(config) -> str:
+    """Nothing yet."""
+    return ""

@@ -1,0 +1,106 @@
+r"""Problems that stand in two files, found by their text.
+
+Equal are texts that are the same after: Unicode in its compatibility form and one case; dollars, \left, \right,
+spacing commands and all white space away; \dfrac and \tfrac as \frac; punctuation at the end away. Numbers and
+operators count, so that problems made from one template stay different.
+
+Near is a training row that has more than half of the 13-word sequences of an evaluation problem: a copy with other
+notation or another ending, or else a sibling made from the same template.
+"""
+
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+
+from gcpo_jax.tasks.jsonl import DataError, Row
+
+_SPACING = re.compile(r"\\(?:left|right)(?![a-z])|\\q?quad(?![a-z])|\\[,;:! ]|\\text\s*\{\s*\}|[\s$~]+")
+
+_WORD = re.compile(r"\w+")
+LENGTH = 13
+
+
+def normalise(text: str) -> str:
+    """The text that is compared."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"').replace("−", "-")
+    return _SPACING.sub("", text).rstrip(".!:;,")
+
+
+def find(
+    train: Iterable[Row],
+    held_out: Sequence[Row],
+    near: bool = False,
+    question: Callable[[Row], str] = lambda row: row["problem"],
+) -> list[tuple[str, str]]:
+    """(id of a training row, id of an evaluation row whose problem it repeats), in the order of `train`.
+
+    Args:
+      near: count near rows too.
+    """
+    same: dict[str, str] = {}
+    parts: list[set[int]] = []
+    holders: dict[int, list[int]] = {}
+    for k, row in enumerate(held_out):
+        same.setdefault(normalise(question(row)), str(row["id"]))
+        parts.append(_sequences(question(row)) if near else set())
+        for part in parts[k]:
+            holders.setdefault(part, []).append(k)
+    pairs = []
+    for row in train:
+        text = question(row)
+        found = same.get(normalise(text))
+        if found is None and near:
+            shared: dict[int, int] = {}
+            for part in _sequences(text) & holders.keys():
+                for k in holders[part]:
+                    shared[k] = shared.get(k, 0) + 1
+            found = next((str(held_out[k]["id"]) for k, n in shared.items() if 2 * n > len(parts[k])), None)
+        if found is not None:
+            pairs.append((str(row["id"]), found))
+    return pairs
+
+
+def _sequences(text: str) -> set[int]:
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return {hash(tuple(words[k : k + LENGTH])) for k in range(len(words) - LENGTH + 1)}
+
+
+def refuse(pairs: list[tuple[str, str]], name: str) -> None:
+    """Nothing where there are no pairs.
+
+    Raises:
+      DataError: with the number of pairs, the first ones, and what to do.
+    """
+    if pairs:
+        shown = ", ".join(f"{train!r} is {test!r}" for train, test in pairs[:5]) + (", ..." if pairs[5:] else "")
+        raise DataError(
+            f"{len(pairs)} training problems stand in {name} too ({shown}): take them out of the training file "
+            "(python -m gcpo_jax.tasks.overlap TRAIN EVALUATION lists them), or set data.overlap=allow"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """python -m gcpo_jax.tasks.overlap TRAIN EVALUATION...: a line for each pair, tab-separated; 1 where there is one."""
+    import pathlib  # noqa: PLC0415
+
+    from gcpo_jax.tasks import benchmarks, jsonl  # noqa: PLC0415
+
+    if len(argv) < 2:
+        sys.exit("usage: python -m gcpo_jax.tasks.overlap TRAIN.jsonl EVALUATION.jsonl ...")
+    try:
+        (_, train), *others = (benchmarks.parse(jsonl.read(pathlib.Path(a), "file"), a) for a in argv)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    found = 0
+    for name, (_, rows) in zip(argv[1:], others, strict=True):
+        for pair in find(train, rows, True, benchmarks.question):
+            found += 1
+            print(name, *pair, sep="\t")
+    return int(found > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
