@@ -13,9 +13,20 @@ from gcpo_jax import config as config_lib
 RECIPES = pathlib.Path(__file__).parent / "configs"
 
 
-def define(recipe: str = "tiny.py") -> None:
-    """The two flags, --config and --workdir; `recipe` is the one of configs/ that --config has by default."""
-    config_flags.DEFINE_config_file("config", str(RECIPES / recipe), "a file of configs/, with :preset if wanted")
+def define(kind: type = config_lib.Config, recipe: str = "tiny.py") -> None:
+    """The two flags, --config and --workdir. Whatever is wrong with the command line's settings ends the program.
+
+    Args:
+      kind: the dataclass that a recipe must return.
+      recipe: the one of configs/ that --config has by default.
+    """
+    try:
+        # Overrides of the default recipe are made, and fail, while the flag is defined.
+        _check_recipe(sys.argv)
+        _check_names(sys.argv, kind)
+        config_flags.DEFINE_config_file("config", str(RECIPES / recipe), "a file of configs/, with :preset if wanted")
+    except (config_lib.ConfigError, flags.Error) as error:
+        sys.exit(f"error: {_first_cause(error)}")
     flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
 
 
@@ -32,8 +43,6 @@ def parser(kind: type, words: Callable[[], int] = lambda: 0) -> Callable[[list[s
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            _check_recipe(argv)
-            _check_names(argv, kind)
             program, *left = flags.FLAGS(argv)
             if len(left) != words():
                 said = f"unexpected arguments: {' '.join(left)}" if left else f"{words()} more argument is needed"

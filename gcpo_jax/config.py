@@ -204,10 +204,10 @@ class Rules:
     """What single fields may be, by name."""
 
     choices: dict[str, tuple[str, ...]]
-    at_least: dict[str, float]
-    above: dict[str, float]
-    at_most: dict[str, float]
-    below: dict[str, float] = dataclasses.field(default_factory=dict)
+    at_least: dict[str, float | int]
+    above: dict[str, float | int]
+    at_most: dict[str, float | int]
+    below: dict[str, float | int] = dataclasses.field(default_factory=dict)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -229,7 +229,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "learner.moments_dtype": ("float32", "bfloat16"),
     "learner.schedule": ("cosine", "constant"),
 }
-_AT_LEAST: dict[str, float] = {  # inclusive
+_AT_LEAST: dict[str, float | int] = {  # inclusive
     "data.held_out": 0,
     "rollout.queries": 1,
     "rollout.group_size": 2,
@@ -260,9 +260,9 @@ _AT_LEAST: dict[str, float] = {  # inclusive
     "train.seed": 0,
     "train.log_groups": 0,
 }
-_ABOVE: dict[str, float] = {"rollout.temperature": 0, "rollout.top_p": 0, "learner.max_grad_norm": 0}
-_AT_MOST: dict[str, float] = {"rollout.top_p": 1, "learner.warmup": 1, "algorithm.clip_low": 1}
-_BELOW: dict[str, float] = {"learner.b1": 1, "learner.b2": 1}
+_ABOVE: dict[str, float | int] = {"rollout.temperature": 0, "rollout.top_p": 0, "learner.max_grad_norm": 0}
+_AT_MOST: dict[str, float | int] = {"rollout.top_p": 1, "learner.warmup": 1, "algorithm.clip_low": 1}
+_BELOW: dict[str, float | int] = {"learner.b1": 1, "learner.b2": 1}
 
 
 RULES = Rules(choices=_CHOICES, at_least=_AT_LEAST, above=_ABOVE, at_most=_AT_MOST, below=_BELOW)

@@ -265,7 +265,7 @@ def default_workdir(recipe: str, config: EvalConfig) -> pathlib.Path:
 
 def define() -> None:
     """The command's flags."""
-    commandline.define("eval_paper.py")
+    commandline.define(EvalConfig, "eval_paper.py")
     flags.DEFINE_string("compare", "", "two work directories, A B: print the paired differences of B to A")
     flags.DEFINE_bool("regrade", False, "grade the stored completions again, without sampling")
     flags.DEFINE_bool("dry_run", False, "say how many tokens and about how long, and do nothing")

@@ -17,7 +17,7 @@ Pair = tuple[float, float]  # value and standard error
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One benchmark. Shares are in [0, 1]; `correct` is [N, n], n samples of each of N problems, as `ids` names them."""
+    """One benchmark. Shares are in [0, 1]; `correct` is [N, n]: n samples of each of N problems, named by `ids`."""
 
     name: str
     title: str
@@ -60,7 +60,7 @@ def _line(name: str, known: dict[str, Any], rows: list[list[dict[str, Any]]]) ->
     majority = None
     if n >= VOTES and known["form"] == "answer":
         votes = [
-            statistics.majority_at_k([r["answer"] for r in row], [r["correct"] for r in row], VOTES) for row in rows
+            statistics.majority_at_k([r["answer"] for r in row], [float(r["correct"]) for r in row], VOTES) for row in rows
         ]
         majority = statistics.mean_and_error(votes)
     return Line(

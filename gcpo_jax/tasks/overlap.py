@@ -83,7 +83,7 @@ def refuse(pairs: list[tuple[str, str]], name: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """python -m gcpo_jax.tasks.overlap TRAIN EVALUATION...: a line for each pair, tab-separated; 1 where there is one."""
+    """python -m gcpo_jax.tasks.overlap TRAIN EVALUATION...: each pair, separated by tabs; 1 where there is one."""
     import pathlib  # noqa: PLC0415
 
     from gcpo_jax.tasks import benchmarks, jsonl  # noqa: PLC0415
