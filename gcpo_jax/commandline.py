@@ -43,6 +43,8 @@ def parser(kind: type, words: Callable[[], int] = lambda: 0) -> Callable[[list[s
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            _check_recipe(argv)
+            _check_names(argv, kind)
             program, *left = flags.FLAGS(argv)
             if len(left) != words():
                 said = f"unexpected arguments: {' '.join(left)}" if left else f"{words()} more argument is needed"
@@ -58,6 +60,9 @@ def parser(kind: type, words: Callable[[], int] = lambda: 0) -> Callable[[list[s
         return [program, *left]
 
     return parse
+
+
+parse = parser(config_lib.Config)
 
 
 def _recipe(argv: list[str]) -> str:

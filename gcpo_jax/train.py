@@ -252,7 +252,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Parse flags and go; the entry point of `gcpo-train`."""
     commandline.define()
-    app.run(main, flags_parser=commandline.parser(config_lib.Config))
+    app.run(main, flags_parser=commandline.parse)
 
 
 if __name__ == "__main__":

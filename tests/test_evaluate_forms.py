@@ -183,9 +183,10 @@ def test_a_context_leaves_one_candidate_out_and_has_the_integrated_outputs(polic
 
 def test_a_context_past_the_models_positions_is_refused(policy):
     asked = policy("x")
-    short = dataclasses.replace(asked, model_config=dataclasses.replace(asked.model_config, max_position=200))
-    with pytest.raises(ConfigError, match="past the model's 200 positions"):
-        forms.sample(short, benchmark("answer", SUM), [0], jax.random.key(0))
+    asked.config.sampling.max_new_tokens = 51
+    forms.check_length(asked.config, dataclasses.replace(asked.model_config, max_position=60), [[1], [2] * 9])
+    with pytest.raises(ConfigError, match="=51: .* past the model's 60 positions; at most 50 would do"):
+        forms.check_length(asked.config, dataclasses.replace(asked.model_config, max_position=60), [[1], [2] * 10])
 
 
 NAMES = [name for name in benchmarks.NAMED if name != "arithmetic"]
