@@ -7,14 +7,14 @@ Hardware: any. Expected of the model as it comes: an accuracy near 40 %; after c
 
 import pathlib
 
-from gcpo_jax.config import Contexts
+from gcpo_jax.config import ConfigError, Contexts
 from gcpo_jax.evaluation.settings import EvalConfig, Policy, Prompts, Sampling
 
 
 def get_config(variant: str | None = None) -> EvalConfig:
     """The recipe; it has no variants."""
     if variant:
-        raise ValueError(f"configs/eval_tiny.py has no variant {variant!r}")
+        raise ConfigError(f"configs/eval_tiny.py has no variant {variant!r}")
     return EvalConfig(
         benchmarks="arithmetic",
         limit=256,

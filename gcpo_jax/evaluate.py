@@ -1,7 +1,7 @@
 """python -m gcpo_jax.evaluate --config configs/eval_paper.py --config.model.path=DIR --data=DATA
 
-Samples, grades and counts. Everything is kept in the work directory (evaluation/store.py): the same command goes on where
-a killed one was, --regrade judges the stored completions anew, --compare A B says how two evaluations differ.
+Samples, grades and counts. Everything is kept in the work directory (evaluation/store.py): the same command goes on
+where a killed one was, --regrade judges the stored completions anew, --compare A B says how two evaluations differ.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig, workdir: pathlib.Path, report: Callable[[str], 
                 rows = [row | {"seconds": round(seconds / len(rows), 6)} for row in rows]
                 store.append(workdir / store.COMPLETIONS, rows)
                 right = _grade(config, workdir, batch.benchmark, builder.style, rows)
-                progress.tell(batch, seconds, sum(row["tokens"] for row in rows), right)
+                progress.tell(batch, seconds, sum(int(row["tokens"]) for row in rows), right)
         return finish(workdir)
 
 
@@ -115,11 +115,11 @@ def plan(
     for benchmark in loaded:
         places = benchmarks.subset(benchmark.rows, config.limit)
         asked = {k: prompts.query(builder, benchmark, benchmark.rows[k], config.prompts) for k in places}
-        for k, ids in asked.items():
+        for ids in asked.values():
             if max(ids) >= model_config.vocab_size:
                 raise config_lib.ConfigError(
-                    f"model.path={config.model.path!r}: its tokenizer writes id {max(ids)} for {benchmark.rows[k]['id']!r} "
-                    f"of {benchmark.name!r}, config.json has vocab_size={model_config.vocab_size}: they belong to "
+                    f"model.path={config.model.path!r}: its tokenizer writes id {max(ids)} for a problem of "
+                    f"{benchmark.name!r}, config.json has vocab_size={model_config.vocab_size}: they belong to "
                     "different models"
                 )
         forms.check_length(config, model_config, list(asked.values()))

@@ -60,13 +60,13 @@ def test_a_packed_file_is_read_too_and_a_changed_one_is_read_anew(tmp_path):
 )
 def test_a_wrong_row_is_named_by_file_and_line(tmp_path, rows, said):
     path = write(tmp_path / "mine.jsonl", *rows)
-    with pytest.raises(DataError, match="mine.jsonl") as error:
+    with pytest.raises(DataError, match=r"mine\.jsonl") as error:
         benchmarks.load(path, "")
     assert said in str(error.value)
 
 
 def test_unknown_names_and_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="benchmarks='aime': must be one of aime24, aime25, .*or the path of"):
+    with pytest.raises(DataError, match=r"benchmarks=.aime.: must be one of aime24, aime25, .*or the path of"):
         benchmarks.load("aime", str(tmp_path))
     with pytest.raises(DataError, match=r"aime24.jsonl does not exist; --data names the directory"):
         benchmarks.load("aime24", str(tmp_path))

@@ -6,6 +6,9 @@ import os
 import pathlib
 import random
 import shutil
+import signal
+import subprocess
+import sys
 
 import micro_model
 import pytest
@@ -14,9 +17,8 @@ from gcpo_jax import evaluate, models
 from gcpo_jax.config import ConfigError, Contexts, Mesh
 from gcpo_jax.evaluation import forms, store, table
 from gcpo_jax.evaluation.settings import EvalConfig, Input, Policy, Prompts, Sampling, stored
-from gcpo_jax.tasks import DataError, benchmarks, code
+from gcpo_jax.tasks import DataError, benchmarks
 
-DATA = pathlib.Path(os.environ.get("GCPO_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 SAMPLES, PROBLEMS = 4, 6
 # A random model has no right answers, but some completions are longer than others.
 REWARD = "def reward(prompt, completion, row): return float(len(completion) % int(row['answer']) == 0)\n"
@@ -211,7 +213,7 @@ def test_what_would_mix_two_evaluations_is_refused(micro, copy, monkeypatch):
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"\0\0\0\1")
     try:
-        with pytest.raises(ConfigError, match="completions of other weights than model.path has now"):
+        with pytest.raises(ConfigError, match=r"completions of other weights than model.path has now"):
             evaluate.evaluate(settings(micro), copy, **QUIET)
     finally:
         weights.write_bytes(content)
@@ -219,7 +221,7 @@ def test_what_would_mix_two_evaluations_is_refused(micro, copy, monkeypatch):
     text = file.read_text()
     try:
         file.write_text(text.replace('"answer": "3"', '"answer": "4"'))
-        with pytest.raises(ConfigError, match="graded by other answers .*: --regrade does"):
+        with pytest.raises(ConfigError, match=r"graded by other answers .*: --regrade does"):
             evaluate.evaluate(settings(micro), copy, **QUIET)
         evaluate.regrade(copy, {})
         file.write_text(text.replace("plus", "minus"))
@@ -313,3 +315,61 @@ def test_the_mean_of_the_five_needs_all_five(tmp_path):
         "0.0 %",
         "3",
     ]
+
+
+def command(micro, *arguments):
+    """python -m gcpo_jax.evaluate with these arguments, running."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(micro_model.ROOT), str(micro)])
+    return subprocess.Popen(
+        [sys.executable, "-m", "gcpo_jax.evaluate", *map(str, arguments)],
+        cwd=micro, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--config.sampling.sample=4"], 1, "error: --config.sampling.sample: there is no such field; the nearest is"),
+        (["--compare", "a"], 1, "error: 1 more argument is needed"),
+        (
+            ["--config.model.path=model", "--benchmarks=problems.jsonl", "--limit=3", "--dry_run"],
+            0,
+            "| problems  | 3  ",
+        ),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(micro, arguments, code, said):
+    process = command(micro, *arguments)
+    out, error = process.communicate()
+    assert process.returncode == code and said in (error if code else out), out + error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow  # the command is started seven times
+def test_a_command_killed_with_9_at_any_moment_goes_on_and_ends_with_the_same_table(micro, whole, tmp_path):
+    settings = {
+        "model.path": micro / "model",
+        "model.dtype": "float32",
+        "sampling.samples": SAMPLES,
+        "sampling.max_new_tokens": 8,
+        "sampling.max_rows": 2,
+        "sampling.temperature": 1.5,
+        "sampling.top_p": 1.0,
+        "prompts.answer": "{problem} Answer:",
+        "contexts.cap": 8,
+        "benchmarks": micro / "problems.jsonl",
+    }
+    arguments = [f"--config.{name}={value}" for name, value in settings.items()]
+    arguments += ["--reward=lengths.reward", "--workdir", tmp_path / "w"]
+    for seen in ("0 of 3 batches", "2/6 problems", "2/2 problems"):
+        process = command(micro, *arguments)
+        for line in process.stderr:
+            if seen in line:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = command(micro, *arguments)
+    out, error = process.communicate()
+    assert process.returncode == 0 and (whole / "table.md").read_text() in out, error
+    assert drawn(tmp_path / "w") == drawn(whole)

@@ -185,7 +185,7 @@ def test_a_context_past_the_models_positions_is_refused(policy):
     asked = policy("x")
     asked.config.sampling.max_new_tokens = 51
     forms.check_length(asked.config, dataclasses.replace(asked.model_config, max_position=60), [[1], [2] * 9])
-    with pytest.raises(ConfigError, match="=51: .* past the model's 60 positions; at most 50 would do"):
+    with pytest.raises(ConfigError, match=r"=51: .* past the model's 60 positions; at most 50 would do"):
         forms.check_length(asked.config, dataclasses.replace(asked.model_config, max_position=60), [[1], [2] * 10])
 
 

@@ -9,7 +9,8 @@ import pytest
 from gcpo_jax import config, tasks, train
 from gcpo_jax.tasks import benchmarks, jsonl, overlap
 
-DATA = pathlib.Path(os.environ.get("GCPO_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+ROOT = pathlib.Path(__file__).parents[1]
+DATA = pathlib.Path(os.environ.get("GCPO_DATA", ROOT.parent / "shared" / "data"))
 PROBLEM = (
     r"Let $x$ be a real number such that $\frac{x}{2} = 3$.  Find the value of  $\left(x + 1\right)^2$ in the end."
 )
@@ -75,7 +76,7 @@ def test_training_compares_with_the_files_that_are_named(tmp_path):
         (tmp_path / name).write_text(json.dumps(rows(problem)[0]) + "\n")
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("same", "near")}
     wrong = config.Config(evaluation=config.Evaluation(benchmarks=f"{files['near']},{files['same']}"))
-    with pytest.raises(tasks.DataError, match="same.jsonl too"):
+    with pytest.raises(tasks.DataError, match=r"same\.jsonl too"):
         train.overlaps(wrong, task(["a", PROBLEM], ["b"]))
     near = config.Config(evaluation=config.Evaluation(benchmarks=files["near"]))
     (said,) = train.overlaps(near, task(["a", text + " What is its area?"], ["b"]))
@@ -88,7 +89,7 @@ def test_the_command_lists_pairs(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(text)
     command = [sys.executable, "-m", "gcpo_jax.tasks.overlap"]
     said = subprocess.run([*command, "train.jsonl", "test.jsonl", "other.jsonl"], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])})  # fmt: skip
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert (said.returncode, said.stdout) == (1, "test.jsonl\tr1\tr0\n"), said.stderr
 
 

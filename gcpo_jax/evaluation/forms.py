@@ -109,8 +109,8 @@ def _draw(policy: Policy, asked: Sequence[Ids], n: int, key, index: Sequence[int
 
 def _listing(policy: Policy, candidates: Sequence[Ids], place: int) -> list[tuple[int, Ids]]:
     """(number, what is quoted) of the candidates, in the order in which contexts list them; empty ones are left out."""
-    order = np.arange(len(candidates))
+    order = list(range(len(candidates)))
     if policy.config.contexts.permute:
-        order = np.random.default_rng([policy.config.sampling.seed, place]).permutation(len(candidates))
-    quoted = [(int(k), policy.contexts.quote(candidates[k])) for k in order]
+        order = np.random.default_rng([policy.config.sampling.seed, place]).permutation(order).tolist()
+    quoted = [(k, policy.contexts.quote(candidates[k])) for k in order]
     return [(k, ids) for k, ids in quoted if ids]

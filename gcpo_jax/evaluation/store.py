@@ -1,7 +1,7 @@
 """What an evaluation leaves on disk, and reading it back: nothing in the table comes from anywhere else.
 
 config.json       every setting (rundir.py)
-state.json        which policy, prompts' style, and of each benchmark: title, form, digest, numbers and ids of its problems
+state.json        which policy, the prompts' style, and of each benchmark: title, form, digest, places of its problems
 completions.jsonl a line for each (benchmark, problem, sample), written batch by batch and never again
 grades.jsonl      a line for each of these: whether it is right, the answer that votes count, the sandbox's reason
 table.md          what evaluate prints

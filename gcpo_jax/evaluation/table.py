@@ -60,7 +60,8 @@ def _line(name: str, known: dict[str, Any], rows: list[list[dict[str, Any]]]) ->
     majority = None
     if n >= VOTES and known["form"] == "answer":
         votes = [
-            statistics.majority_at_k([r["answer"] for r in row], [float(r["correct"]) for r in row], VOTES) for row in rows
+            statistics.majority_at_k([r["answer"] for r in row], [float(r["correct"]) for r in row], VOTES)
+            for row in rows
         ]
         majority = statistics.mean_and_error(votes)
     return Line(
