@@ -5,6 +5,7 @@ that carry gradient. One batch is one pytree of arrays; micro-batches of whole g
 their gradients added, exactly, because every token's weight in the loss is known beforehand.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -111,6 +112,11 @@ def _decays(path, _) -> bool:
     return "norm" not in name and "bias" not in name
 
 
+def uses_reference(config: Config) -> bool:
+    """Whether the objective needs the frozen reference at all."""
+    return config.algorithm.beta > 0 and config.algorithm.objective == "clipped"
+
+
 def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
     """Pad an Experience and score what the update needs and cannot know: reference, Φ's other contexts, old policy.
 
@@ -142,7 +148,7 @@ def make_batch(actor: Actor, ref_params: dict | None, exp: Experience) -> Batch:
 
     ref_logp = None
     if ref_params is not None:
-        reference = Actor(config, actor.model_config, ref_params, actor.contexts)
+        reference = dataclasses.replace(actor, params=ref_params)
         ref_logp = fill(reference.score(prompts, candidates, T), (N, T))
     several = config.learner.updates_per_batch > 1
     return Batch(
@@ -167,7 +173,7 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     candidate = [exp.candidates.tokens[b][i] for b, i in targets]
     with_gradient = [[c for c in cs if c.weight_x] for cs in contexts]
     others = [(m, c) for m, cs in enumerate(contexts) for c in cs if not c.weight_x]
-    G, size = len(with_gradient[0]), _targets_at_a_time(actor.model_config, actor.config)
+    G, size = len(with_gradient[0]), targets_at_a_time(actor.model_config, actor.config)
     M = -(-len(targets) // size) * size
 
     phi_rest = np.zeros((M, T), np.float32)
@@ -213,7 +219,7 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     )
 
 
-def _targets_at_a_time(model_config: models.ModelConfig, config: Config) -> int:
+def targets_at_a_time(model_config: models.ModelConfig, config: Config) -> int:
     """Targets of KL' in a micro-batch: as many as it has groups, and on a mesh one at least for every part of rows."""
     groups = rows_at_a_time(config) // config.rollout.group_size
     shards = 1 if model_config.layout is None else model_config.layout.row_shards
@@ -240,7 +246,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
             rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
-            size = _targets_at_a_time(model_config, config)
+            size = targets_at_a_time(model_config, config)
             more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, size, layout)
             grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
             tokens = jnp.sum(rows[2] * jnp.sign(kl.weight)[:, None])

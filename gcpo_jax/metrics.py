@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gcpo_jax import hardware
+
 
 class Timers:
     """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
@@ -114,28 +116,11 @@ def keep_until(path: pathlib.Path, step: int) -> None:
     os.replace(partial, path)
 
 
-# Dense matrix peaks in FLOP/s (bfloat16 except where said) from the makers' data sheets.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
 @functools.cache
 def peak_flops(dtype: str) -> float:
     """The rate that mfu is relative to: the data sheet's or, for other devices, that of a 1024³ product now."""
-    kind = jax.devices()[0].device_kind
-    for name, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])):
-        if kind.startswith(name):
-            return peak
+    if peak := hardware.peak_flops(jax.devices()[0].device_kind):
+        return peak
     a = jnp.ones((1024, 1024), dtype)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()

@@ -16,7 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gcpo_jax.config import Config, ConfigError
 from gcpo_jax.config import Mesh as MeshSizes
@@ -29,6 +30,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "positions": ("tensor",),
     "width": ("fsdp",),
     # One decoded token a row is far smaller than the parameters: while decoding, these stay and the rows travel.
     "step_rows": ("data",),
@@ -53,7 +55,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "rows": ("rows",),  # [R, ...], whatever follows
     "parts": (None, "rows"),  # [micro-batches, R, ...]
-    "hidden": ("rows", None, None),  # [R, S, D]
+    "hidden": ("rows", "positions", None),  # [R, S, D] between layers: all that full remat keeps (arXiv:2205.05198)
     "logits": ("rows", None, "vocabulary"),  # [R, t, V]
     "prompt_cache": (None, "rows", "kv_heads", None, None),  # [L, B, K, P, A]
     "cache": (None, "rows", None, "kv_heads", None, None),  # [L, B, n, K, T, A]
@@ -89,7 +91,7 @@ class Sizes(Protocol):
 class Layout:
     """How one model's arrays lie on one mesh. Hashable, so that it can be a static argument of jax.jit."""
 
-    mesh: Mesh
+    mesh: Any  # a Mesh; or an AbstractMesh, for shapes alone
     whole: frozenset[str]  # names of axes that the mesh does not divide and that every device therefore holds whole
 
     @property
@@ -190,26 +192,47 @@ def _rule(path: str) -> tuple[str | None, ...] | None:
     return next((names for pattern, names in PARAMETERS if re.fullmatch(pattern, path)), None)
 
 
-def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over the first of `devices` (default: all of them).
+def mesh_shape(sizes: MeshSizes, devices: int) -> tuple[int, ...]:
+    """The mesh's sizes (data, fsdp, tensor) where there are so many devices.
 
     Raises:
       ConfigError: where the sizes need more devices than there are, or the inferred one does not come out whole.
     """
-    devices = jax.devices() if devices is None else list(devices)
     shape = [getattr(sizes, axis) for axis in MESH_AXES]
     known = math.prod(s for s in shape if s != -1)
     fields = ", ".join(f"mesh.{axis}={s}" for axis, s in zip(MESH_AXES, shape, strict=True))
     if -1 in shape:
-        if len(devices) % known:
-            raise ConfigError(f"{fields}: the sizes given must divide the {len(devices)} devices that there are")
-        shape[shape.index(-1)] = len(devices) // known
-    if (need := math.prod(shape)) > len(devices):
-        raise ConfigError(f"{fields}: needs {need} devices, there are {len(devices)}")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+        if devices % known:
+            raise ConfigError(f"{fields}: the sizes given must divide the {devices} devices that there are")
+        shape[shape.index(-1)] = devices // known
+    if (need := math.prod(shape)) > devices:
+        raise ConfigError(f"{fields}: needs {need} devices, there are {devices}")
+    return tuple(shape)
 
 
-def make_layout(mesh: Mesh, model: Sizes) -> Layout:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over the first of `devices` (default: all of them).
+
+    Raises:
+      ConfigError: as mesh_shape.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(sizes, len(devices))
+    # On a torus an axis may lie across a part of a physical one: slower than along a whole one, but any sizes will do.
+    order = create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
+    return Mesh(order, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(sizes: MeshSizes, devices: int) -> AbstractMesh:
+    """The mesh over so many devices that need not be there: what lies where can be asked of it, and no more.
+
+    Raises:
+      ConfigError: as mesh_shape.
+    """
+    return AbstractMesh(mesh_shape(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_layout(mesh: Mesh | AbstractMesh, model: Sizes) -> Layout:
     """The layout of a model on a mesh of any of the axes data, fsdp and tensor; axes that it lacks cut nothing.
 
     Key/value heads that `tensor` does not divide are held whole by every device, as is such a vocabulary.
@@ -220,7 +243,11 @@ def make_layout(mesh: Mesh, model: Sizes) -> Layout:
     if unknown := set(mesh.axis_names) - set(MESH_AXES):
         raise ConfigError(f"mesh axes {sorted(unknown)} are not among {', '.join(MESH_AXES)}")
     # The rules are for axes whose propagation is the compiler's.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, AbstractMesh):
+        mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
+    else:
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
     wrong = []
     for axis, parts in (
         ("tensor", {"num_heads": model.num_heads, "intermediate_size": model.intermediate_size}),
@@ -243,15 +270,19 @@ def _listed(number: int) -> str:
     return ", ".join(map(str, divisors[:-1])) + (" or " if divisors[1:] else "") + str(divisors[-1])
 
 
-def layout_of(config: Config, model: Sizes) -> Layout | None:
+def layout_of(config: Config, model: Sizes, mesh: Mesh | AbstractMesh | None = None) -> Layout | None:
     """The layout of a run; None where its mesh is one device, which then works as if there were no mesh.
+
+    Args:
+      mesh: default: of config.mesh, over all devices that there are.
 
     Raises:
       ConfigError: where mesh, model and batch sizes do not fit each other; the message says which sizes would do.
     """
-    if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1):
-        return None
-    mesh = make_mesh(config.mesh)
+    if mesh is None:
+        if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 1, 1):
+            return None
+        mesh = make_mesh(config.mesh)
     if mesh.size == 1:
         return None
     layout = make_layout(mesh, model)

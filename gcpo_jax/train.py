@@ -70,9 +70,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     run = rundir.open_run(workdir, config)
 
     _, params = models.load_pretrained(config.model.path, "float32", layout.mesh if layout else None)
-    a, mu = config.algorithm, config.learner.updates_per_batch
+    mu = config.learner.updates_per_batch
     ref_params = None
-    if a.beta > 0 and a.objective == "clipped":
+    if learner.uses_reference(config):
         # A copy: the state's own buffers are reused by the first update.
         ref_params = jax.tree.map(jax.numpy.copy, learner.cast(params, config.model.dtype))
     optimizer, schedule = learner.make_optimizer(config.learner, config.train.total_steps * mu)
@@ -126,6 +126,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
+            del old_policy  # its copy of the parameters need not lie beside the update
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 for inner in range(mu):

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
+from gcpo_jax.models.attention import causal_attention
 from gcpo_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -159,23 +160,12 @@ def constrain(c: ModelConfig, x, name: str):
 def embed(c: ModelConfig, params: Params, tokens):
     """Token ids to vectors. The table is put together over fsdp first: rows and width cannot both be cut by it."""
     table = params["embed"] if c.layout is None else c.layout.gather({"embed": params["embed"]})["embed"]
-    return constrain(c, table[tokens], "hidden")
+    return constrain(c, table[tokens], "rows")
 
 
 def final_norm(c: ModelConfig, params: Params, x):
     """The norm after the last layer."""
     return rms_norm(x, params["final_norm"]["weight"], c.rms_eps)
-
-
-def attention(q, k, v, mask):
-    """q[..., Q, K, G, A], k and v[..., S, K, A] -> [..., Q, K, G, A]; softmax in float32.
-
-    mask broadcasts to [..., K, G, Q, S].
-    """
-    scores = jnp.einsum("...qkga,...ska->...kgqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("...kgqs,...ska->...qkga", weights, v)
 
 
 def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
@@ -196,21 +186,21 @@ def run_layers(c: ModelConfig, params: Params, tokens, lengths, remat: str, keep
     """Hidden states [R, S, D] after the final norm and, if asked for, every layer's keys and values [L, R, K, S, A]."""
     R, S = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(S)[None, :], (R, S))
-    causal = jnp.tril(jnp.ones((S, S), bool))[None, :, :]
-    visible = causal & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
 
     def attend(q, k, v):
-        heads = attention(q, k, v, visible[:, None, None])
-        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
     def layer(x, layer_params):
         if c.layout is not None:
             layer_params = c.layout.gather(layer_params, section="layers")
-        x, kept = block(c, layer_params)(x, positions, attend)
-        return constrain(c, x, "hidden"), kept
+        # What lies between layers, and is kept, is cut. Inside, its products cut heads and width: told so at both ends,
+        # since a compiler that spreads the cut of positions into them gathers parameters instead.
+        x, kept = block(c, layer_params)(constrain(c, x, "rows"), positions, attend)
+        return constrain(c, constrain(c, x, "rows"), "hidden"), kept
 
-    x, cache = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
-    return final_norm(c, params, x), constrain(c, cache, "prompt_cache") if keep_cache else None
+    x = constrain(c, embed(c, params, tokens), "hidden")
+    x, cache = jax.lax.scan(_rematerialised(layer, remat, c), x, params["layers"])
+    return constrain(c, final_norm(c, params, x), "rows"), constrain(c, cache, "prompt_cache") if keep_cache else None
 
 
 def encode(

@@ -10,21 +10,17 @@ and OUT.svg.
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import math
-import os
 import pathlib
-import platform
-import subprocess
 from typing import Any
 
 import jax
 import numpy as np
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import train
+from gcpo_jax import provenance, train
 from gcpo_jax.evaluation.statistics import mean_and_error
 
 MEASURES = ("pass@1", "greedy", "majority")
@@ -36,7 +32,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> list[dict[str, Any]
     made = workdir.with_suffix(".commit")
     if not (workdir / "policy").exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout)
+        made.write_text(provenance.commit() or "")
         if not train.train(config, workdir):
             raise SystemExit("stopped; the same command goes on from here")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -117,17 +113,6 @@ def figure(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
     fig.savefig(path, metadata={"Date": None})
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what the figures were made."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     """Parse flags, run what is missing, write the results."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,7 +138,12 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         command = f"python scripts/compare.py --recipe {args.recipe} --models {' '.join('DIR' for _ in args.models)}"
-        record = {"command": command, "steps": config.train.total_steps, **machine(), "presets": results}
+        record = {
+            **provenance.made(command),
+            "device": jax.devices()[0].device_kind,
+            "steps": config.train.total_steps,
+            "presets": results,
+        }
         args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(table(results))
         figure(results, args.out.with_suffix(".svg"))

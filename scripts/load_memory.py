@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import models, partition
+from gcpo_jax import models, partition, provenance
 
 LIMIT = 1.3
 SHARD_BYTES = 750_000_000
@@ -96,6 +96,7 @@ def main() -> None:
         del params
         files = [f.stat().st_size for f in (args.directory / "big").glob("*.safetensors")]
         result = {
+            **provenance.made("python scripts/load_memory.py DIR --out docs/results/load_memory.json"),
             "checkpoint": sum(files),
             "files": len(files),
             "largest_file": max(files),

@@ -1,0 +1,271 @@
+"""Bytes, FLOPs and seconds of a step from shapes alone: what plan.py says where it has no compiler, and all its times.
+
+Everything is per device. b is the bytes of the compute dtype, t the tensor axis, r rows and S positions of a device's
+share of a micro-batch; L, D, F, V, H, K, A as in partition.py.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from gcpo_jax import learner, models
+from gcpo_jax.config import Config
+from gcpo_jax.hardware import Device
+from gcpo_jax.models.attention import WHOLE_UP_TO
+from gcpo_jax.partition import Layout, layout_of, rows_at_a_time
+from gcpo_jax.scorer import TOKENS_PER_CHUNK
+from gcpo_jax.workload import FRAME_TOKENS, HEADING_TOKENS, Call
+
+# Shares of the data sheet's peaks that a step is assumed to reach; none was measured.
+DENSE, ATTENTION, BANDWIDTH, LINK = 0.4, 0.1, 0.7, 0.5
+COLLECTIVES, LATENCY = 6, 10e-6  # of a decoded layer where several devices share it, and the seconds of each
+
+ASSUMPTIONS = (
+    f"dense products at {DENSE:.0%} of the peak, attention in blocks (plain XLA, no fused kernel) at {ATTENTION:.0%}",
+    f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
+    f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
+    f"contexts are framed by {FRAME_TOKENS} tokens and {HEADING_TOKENS} more a candidate; the problem is the longest",
+    "a decoded token reads the device's parameters and its whole caches; a call decodes until its longest row ends",
+    "rewards, logging, evaluation and checkpoints take no time",
+)
+FORMULA = (
+    "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
+    "vocabulary tables with gradient + kept activations (remat full: L r S D/t b) + one layer's backward pass "
+    "(r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = caches + twice the prompt's keys and "
+    "values + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) + 4 x a token's logits; scorer temp = one layer + "
+    "logits"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """What a program needs on one device: its arguments, its results beside them, and what it needs meanwhile."""
+
+    arguments: int
+    outputs: int
+    temp: int  # with the caches
+    caches: int = 0
+
+    @property
+    def total(self) -> int:
+        """The program's peak."""
+        return self.arguments + self.outputs + self.temp
+
+
+def with_layout(config: Config, model: models.ModelConfig, mesh: Mesh | AbstractMesh) -> models.ModelConfig:
+    """The model as it lies on a run's mesh.
+
+    Raises:
+      ConfigError: where mesh, model and batch sizes do not fit each other.
+    """
+    return dataclasses.replace(model, dtype=config.model.dtype, layout=layout_of(config, model, mesh))
+
+
+def local_bytes(tree: Any, layout: Layout | None) -> int:
+    """Bytes on one device of a tree of parameters, or of a state built from one."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [x.shape for x in leaves]
+    if layout is not None:
+        shardings = jax.tree.leaves(layout.shardings(tree))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
+
+
+def abstract_state(config: Config, model_config: models.ModelConfig) -> learner.TrainState:
+    """The state's arrays as jax.ShapeDtypeStruct."""
+    params = models.shapes(dataclasses.replace(model_config, dtype="float32"))
+    updates = config.train.total_steps * config.learner.updates_per_batch
+    optimizer, _ = learner.make_optimizer(config.learner, updates)
+    return learner.TrainState(params, jax.eval_shape(optimizer.init, params))
+
+
+def resident(config: Config, model_config: models.ModelConfig) -> dict[str, int]:
+    """What lies on a device between programs: state, frozen reference and, until the update, the sampling policy."""
+    state, layout = abstract_state(config, model_config), model_config.layout
+    copy = local_bytes(models.shapes(model_config), layout)
+    return {
+        "parameters": local_bytes(state.params, layout),
+        "optimizer": local_bytes(state.opt_state, layout),
+        # In float32 the sampling policy is the state's own parameters.
+        "sampling copy": copy if config.model.dtype != "float32" else 0,
+        "reference": copy if learner.uses_reference(config) else 0,
+    }
+
+
+def cache_bytes(model_config: models.ModelConfig, call: Call) -> int:
+    """Of a sampler call: keys and values of prompts and of generated tokens."""
+    c = model_config
+    L, B, K, A = c.num_layers, call.rows, c.num_kv_heads, c.head_dim
+    total = 0
+    for name, shape in (
+        ("prompt_cache", (L, B, K, call.width, A)),
+        ("cache", (L, B, call.n, K, call.tokens, A)),
+    ):
+        shape = shape if c.layout is None else c.layout.sharding(name).shard_shape(shape)
+        total += 2 * math.prod(shape) * jnp.dtype(c.dtype).itemsize
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """One run's settings on one sort of device."""
+
+    config: Config
+    model: models.ModelConfig
+
+    def _axis(self, name: str) -> int:
+        return 1 if self.model.layout is None else self.model.layout.mesh.shape.get(name, 1)
+
+    @property
+    def row_shards(self) -> int:
+        """Parts into which rows are cut."""
+        return 1 if self.model.layout is None else self.model.layout.row_shards
+
+    @property
+    def _b(self) -> int:
+        return jnp.dtype(self.model.dtype).itemsize
+
+    def _table(self) -> int:
+        """Elements of a vocabulary table, put together over fsdp."""
+        c = self.model
+        whole = c.layout is not None and "vocabulary" in c.layout.whole
+        return c.vocab_size * c.hidden_size // (1 if whole else self._axis("tensor"))
+
+    def _layer(self) -> int:
+        """Elements of a layer's matrices, put together over fsdp."""
+        c = self.model
+        attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+        return (attention + 3 * c.hidden_size * c.intermediate_size) // self._axis("tensor")
+
+    def _working(self, tokens: int, backward: bool) -> int:
+        """Bytes of one layer's intermediate results for so many tokens."""
+        c, t = self.model, self._axis("tensor")
+        mlp, width, heads = (5, 8, 4) if backward else (2, 4, 2)
+        return (
+            tokens
+            * (mlp * c.intermediate_size // t + width * c.hidden_size + heads * c.num_heads * c.head_dim // t)
+            * self._b
+        )
+
+    def _scores(self, rows: int, S: int, backward: bool) -> int:
+        """Bytes of attention scores; of blocks, the float32 sums of keys' and values' gradients."""
+        c, t = self.model, self._axis("tensor")
+        if S > WHOLE_UP_TO:
+            return (4 if backward else 2) * rows * S * c.num_heads * c.head_dim // t * 4
+        return (3 if backward else 2) * rows * c.num_heads // t * S * S * 4
+
+    def _gathered(self, gradients: bool) -> int:
+        """Bytes of parameters put together: two layers and the tables, with gradients where asked for."""
+        tables = self._table() * (1 if self.model.tied_embeddings else 2)
+        if self._axis("fsdp") == 1:
+            return 2 * self._layer() * self._b if gradients else 0
+        return (2 * self._layer() + tables) * self._b * (2 if gradients else 1)
+
+    def _logits(self) -> int:
+        return 3 * TOKENS_PER_CHUNK * self._table() // self.model.hidden_size * 4
+
+    def _activations(self, rows: int, S: int) -> int:
+        """Bytes kept and computed while rows of S tokens are differentiated on a device."""
+        c, t, tokens = self.model, self._axis("tensor"), rows * S
+        kept = c.hidden_size // t
+        if self.config.model.remat != "full":
+            kept += c.hidden_size * 2 + ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size) // t
+        if self.config.model.remat == "none":
+            kept += c.hidden_size * 4 + (c.num_heads * c.head_dim * 2 + 3 * c.intermediate_size) // t
+        layers = c.num_layers * tokens * kept * self._b
+        if self.config.model.remat == "none" and S <= WHOLE_UP_TO:
+            layers += c.num_layers * rows * c.num_heads // t * S * S * (4 + self._b)
+        return (
+            layers + self._working(tokens, True) + self._scores(rows, S, True) + tokens * c.hidden_size * (self._b + 4)
+        )
+
+    def update(self, batch: learner.Batch) -> Bytes:
+        """Of learner.make_update's program."""
+        here = resident(self.config, self.model)
+        state = here["parameters"] + here["optimizer"]
+        rows = -(-rows_at_a_time(self.config) // self.row_shards)
+        widest = self._activations(rows, batch.tokens.shape[1])
+        if batch.kl is not None:
+            M, G, S = batch.kl.tokens.shape
+            size = min(M, learner.targets_at_a_time(self.model, self.config)) * G
+            widest = max(widest, self._activations(-(-size // self.row_shards), S))
+        copies = 2 if batch.kl is None else 3
+        cast = here["parameters"] * self._b // 4 if self._b < 4 else 0
+        temp = copies * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
+        data = sum(x.nbytes for x in jax.tree.leaves(batch)) // self.row_shards
+        details = batch.mask.nbytes // self.row_shards * (1 if batch.kl is None else 5)
+        return Bytes(state + data, details, temp)
+
+    def call(self, call: Call) -> Bytes:
+        """Of the sampler's or the scorer's program."""
+        params = local_bytes(models.shapes(self.model), self.model.layout)
+        rows = call.rows // self.row_shards
+        temp = self._working(rows * call.width, False) + self._scores(rows, call.width, False) + self._gathered(False)
+        temp += rows * call.width * self.model.hidden_size * 2 * self._b
+        if call.program == "scorer":
+            temp += self._logits()
+        if call.program != "sampler":
+            return Bytes(params + rows * call.width * 4, rows * call.tokens * 8, temp)
+        caches = cache_bytes(self.model, call)
+        prompt = cache_bytes(self.model, dataclasses.replace(call, tokens=0))
+        tokens = rows * call.n
+        temp += 2 * prompt + 4 * tokens * self.model.vocab_size * 4 + 2 * tokens * call.tokens * 4
+        return Bytes(params + rows * call.width * 4, 2 * tokens * call.tokens * 4, temp + caches, caches)
+
+    def _forward(self, rows: int, S: int) -> tuple[float, float]:
+        """FLOPs on a device of the layers' products, and of attention, for its share of rows."""
+        c, t = self.model, self._axis("tensor")
+        scored = S * S / 2 if S > WHOLE_UP_TO else S * S
+        mine = rows / self.row_shards
+        return (
+            2 * mine * S * self._layer() * c.num_layers,
+            4 * mine * scored * c.num_heads * c.head_dim * c.num_layers / t,
+        )
+
+    def _seconds(self, dense: float, attention: float, gathers: float, device: Device) -> float:
+        computing = dense / (DENSE * device.flops) + attention / (ATTENTION * device.flops)
+        fsdp = self._axis("fsdp")
+        tables = self._table() * (1 if self.model.tied_embeddings else 2)
+        travelling = gathers * (self.model.num_layers * self._layer() + tables) * self._b * (1 - 1 / fsdp)
+        return max(computing, travelling / (LINK * device.link))
+
+    def call_cost(self, call: Call, device: Device) -> tuple[float, float]:
+        """(FLOPs, seconds) of a call on one device."""
+        c = self.model
+        dense, attention = self._forward(call.rows, call.width)
+        mine = call.rows / self.row_shards
+        if call.program == "scorer":
+            dense += 2 * mine * call.tokens * self._table()
+        seconds = self._seconds(dense, attention, 1.0, device)
+        if call.program == "sampler":
+            tokens = mine * call.n
+            step = 2 * tokens * (c.num_layers * self._layer() + self._table())
+            step += (
+                4 * tokens * (call.width + call.tokens) * c.num_heads * c.head_dim * c.num_layers / self._axis("tensor")
+            )
+            read = local_bytes(models.shapes(c), c.layout) + cache_bytes(c, call) + 10 * 4 * tokens * c.vocab_size
+            shared = self._axis("fsdp") * self._axis("tensor") > 1
+            waiting = LATENCY * COLLECTIVES * c.num_layers if shared else 0.0
+            each = max(step / (DENSE * device.flops), read / (BANDWIDTH * device.bandwidth)) + waiting
+            dense, seconds = dense + call.steps * step, seconds + call.steps * each
+        return dense + attention, seconds
+
+    def update_cost(self, batch: learner.Batch, device: Device) -> tuple[float, float]:
+        """(FLOPs, seconds) of one update on one device: forward, twice that backward, and what is computed again."""
+        again = {"none": 0.0, "dots": 0.1, "full": 1.0}[self.config.model.remat]
+        parts = [(batch.tokens.shape[0], batch.tokens.shape[1], rows_at_a_time(self.config))]
+        if batch.kl is not None:
+            M, G, S = batch.kl.tokens.shape
+            parts.append((M * G, S, learner.targets_at_a_time(self.model, self.config) * G))
+        flops = seconds = 0.0
+        for rows, S, size in parts:
+            dense, attention = self._forward(rows, S)
+            dense = dense * (3 + again) + 4 * 2 * rows / self.row_shards * batch.mask.shape[1] * self._table()
+            attention *= 3.5 + again
+            flops += dense + attention
+            seconds += self._seconds(dense, attention, (2 + min(1.0, again)) * rows / size, device)
+        return flops, seconds
