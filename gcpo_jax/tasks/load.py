@@ -17,7 +17,7 @@ from gcpo_jax.tasks import arithmetic, jsonl
 from gcpo_jax.tasks.jsonl import DataError, Row
 
 Problems = Sequence[Row]  # rows with at least "id", "problem" and "answer", all text
-FORMAT = 1  # raised whenever what is written for the same file changes
+FORMAT = 2  # raised whenever what is written for the same file changes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,11 +1,8 @@
-r"""Problems that stand in two files, found by their text.
+"""Problems that stand in two files, found by their text.
 
-Equal are texts that are the same after: Unicode in its compatibility form and one case; dollars, \left, \right,
-spacing commands and all white space away; \dfrac and \tfrac as \frac; punctuation at the end away. Numbers and
-operators count, so that problems made from one template stay different.
-
-Near is a training row that has more than half of the 13-word sequences of an evaluation problem: a copy with other
-notation or another ending, or else a sibling made from the same template.
+Same is a problem of the same text up to its spelling (spelling.py). Near is a training row that has more than half of
+the 13-word sequences of an evaluation problem: a copy with other notation or another ending, or else a sibling made
+from the same template.
 """
 
 import re
@@ -14,19 +11,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from gcpo_jax.tasks.jsonl import DataError, Row
-
-_SPACING = re.compile(r"\\(?:left|right)(?![a-z])|\\q?quad(?![a-z])|\\[,;:! ]|\\text\s*\{\s*\}|[\s$~]+")
+from gcpo_jax.tasks.spelling import normalise
 
 _WORD = re.compile(r"\w+")
 LENGTH = 13
-
-
-def normalise(text: str) -> str:
-    """The text that is compared."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    text = text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"').replace("−", "-")
-    return _SPACING.sub("", text).rstrip(".!:;,")
 
 
 def find(
