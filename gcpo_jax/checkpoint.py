@@ -9,6 +9,7 @@ restore, says whether the same numbers came back.
 import asyncio
 import concurrent.futures
 import errno
+import functools
 import hashlib
 import os
 import pathlib
@@ -267,25 +268,44 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    def describe(x: Any) -> dict[str, Any]:
-        # One at a time: devices that are threads of few cores come to a standstill over many sums under way at once.
-        digest = "".join(f"{int(part):08x}" for part in np.asarray(_digest(x)))
-        return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest}
+    """Shape, dtype and digest of every array, whatever pieces it lies in.
 
-    return {name: describe(x) for name, x in arrays.items()}
+    A digest is a sum over all elements, so each device adds up the pieces that it has, and no device waits for another.
+    """
+    parts = {
+        name: [
+            _digest(shard.data, tuple(np.uint32(s.start or 0) for s in shard.index), x.shape)
+            for shard in jnp.asarray(x).addressable_shards
+            if shard.replica_id == 0
+        ]
+        for name, x in arrays.items()
+    }
+    mine = {name: np.sum([np.asarray(p) for p in ps], axis=0, dtype=np.uint32).tolist() for name, ps in parts.items()}
+    shares = processes.exchange({name: sums or [0, 0] for name, sums in mine.items()})
+    return {
+        name: {
+            "shape": list(x.shape),
+            "dtype": str(x.dtype),
+            "digest": "".join(
+                f"{sum(sums) % 2**32:08x}" for sums in zip(*(share[name] for share in shares), strict=True)
+            ),
+        }
+        for name, x in arrays.items()
+    }
 
 
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    """Two sums over mixed bits and places of all elements: the same in however many pieces the array lies.
+@functools.partial(jax.jit, static_argnums=2)
+def _digest(x: jax.Array, begin: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Two sums over mixed bits and places of a piece's elements; it begins there in an array of that shape.
 
-    It is computed where the array is; a change of any one element changes both sums, as the mixing is one to one.
+    A change of any one element changes both sums, as the mixing is one to one.
     """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        place = place * np.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + begin[axis]
+        place = place * np.uint32(shape[axis] % 2**32) + at
 
     def mix(h):  # the finaliser of MurmurHash3
         h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)

@@ -1,9 +1,10 @@
-"""The commands' lines: read, and what is wrong with them said in one line."""
+"""The command lines: read, and what is wrong with them said in one line."""
 
 import difflib
 import pathlib
 import runpy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -14,10 +15,25 @@ from gcpo_jax import config as config_lib
 RECIPES = pathlib.Path(__file__).parent / "configs"
 
 
-def define() -> None:
-    """The flags --config and --workdir, and those of one of several processes."""
-    config_flags.DEFINE_config_file("config", str(RECIPES / "tiny.py"), "a file of configs/, with :preset if wanted")
+def define(kind: type = config_lib.Config, recipe: str = "tiny.py") -> None:
+    """The two flags, --config and --workdir. Whatever is wrong with the command line's settings ends the program.
+
+    Args:
+      kind: the dataclass that a recipe must return.
+      recipe: the one of configs/ that --config has by default.
+    """
+    try:
+        # Overrides of the default recipe are made, and fail, while the flag is defined.
+        _check_recipe(sys.argv)
+        _check_names(sys.argv, kind)
+        config_flags.DEFINE_config_file("config", str(RECIPES / recipe), "a file of configs/, with :preset if wanted")
+    except (config_lib.ConfigError, flags.Error) as error:
+        sys.exit(f"error: {_first_cause(error)}")
     flags.DEFINE_string("workdir", "", "the run directory; default runs/CONFIG-PRESET")
+
+
+def define_processes() -> None:
+    """The flags of one of several processes."""
     flags.DEFINE_enum(
         "distributed", "", ["", "auto", "env"],
         "one of several processes, as Slurm, a TPU pod or Open MPI say (auto), or as JAX_COORDINATOR_ADDRESS, "
@@ -33,28 +49,41 @@ def processes() -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in ("coordinator", "processes", "process_id", "distributed")}
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The program's name, what `argv` is without its flags; whatever is wrong with them ends the program.
+def parser(kind: type, words: Callable[[], int] = lambda: 0) -> Callable[[list[str]], list[str]]:
+    """The function that app.run reads the command line with.
 
-    A recipe's own mistakes (of its Python) keep their traceback: it shows the line.
+    It returns the program's name and what is left of `argv` without its flags; whatever is wrong with them ends the
+    program. A recipe's own mistakes (of its Python) keep their traceback: it shows the line.
+
+    Args:
+      kind: the dataclass that a recipe must return.
+      words: how many arguments must be left, asked when the flags are known.
     """
-    try:
-        _check_recipe(argv)
-        _check_names(argv)
+
+    def parse(argv: list[str]) -> list[str]:
         try:
-            program, *left = flags.FLAGS(argv)
-        except (LookupError, AttributeError, TypeError):
-            # A field of something else than a Config cannot be overridden, and what it is gets lost.
-            file, *variant = _recipe(argv).split(":", 1)
-            if file:
-                _check_made(argv, runpy.run_path(file)["get_config"](*variant))
-            raise
-        if left:
-            raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
-        _check_made(argv, flags.FLAGS.config)
-    except (config_lib.ConfigError, flags.Error) as error:
-        sys.exit(f"error: {_first_cause(error)}")
-    return [program]
+            _check_recipe(argv)
+            _check_names(argv, kind)
+            try:
+                program, *left = flags.FLAGS(argv)
+            except (LookupError, AttributeError, TypeError):
+                # A field of something that is not of that kind cannot be overridden, and what it is gets lost.
+                file, *variant = _recipe(argv).split(":", 1)
+                if file:
+                    _check_made(argv, runpy.run_path(file)["get_config"](*variant), kind)
+                raise
+            if len(left) != words():
+                said = f"unexpected arguments: {' '.join(left)}" if left else f"{words()} more argument is needed"
+                raise config_lib.ConfigError(said)
+            _check_made(argv, flags.FLAGS.config, kind)
+        except (config_lib.ConfigError, flags.Error) as error:
+            sys.exit(f"error: {_first_cause(error)}")
+        return [program, *left]
+
+    return parse
+
+
+parse = parser(config_lib.Config)
 
 
 def _recipe(argv: list[str]) -> str:
@@ -78,15 +107,16 @@ def _check_recipe(argv: list[str]) -> None:
         )
 
 
-def _check_made(argv: list[str], made: object) -> None:
-    if not isinstance(made, config_lib.Config):
+def _check_made(argv: list[str], made: object, kind: type) -> None:
+    if not isinstance(made, kind):
         raise config_lib.ConfigError(
-            f"--config={_recipe(argv)!r}: get_config() must return a gcpo_jax.config.Config, not {type(made).__name__}"
+            f"--config={_recipe(argv)!r}: get_config() must return a {kind.__module__}.{kind.__name__}, "
+            f"not {type(made).__name__}"
         )
 
 
-def _check_names(argv: list[str]) -> None:
-    known = config_lib.flatten(config_lib.Config())
+def _check_names(argv: list[str], kind: type) -> None:
+    known = config_lib.flatten(kind())
     for argument in argv[1:]:
         dashes, dot, name = argument.partition("=")[0].partition("config.")
         if dashes not in ("-", "--") or not dot or name in known:

@@ -38,6 +38,7 @@ class Data:
     prompt: str = "{problem}"  # the user's turn; {problem} is replaced
     reward: str = "tasks.math.reward"  # dotted path of reward(prompt, completion, row) -> float
     unsafe: bool = False  # run a policy's programs also where the system cannot confine them
+    overlap: str = "refuse"  # a training problem that is an evaluation problem too: "refuse" | "allow" (it is counted)
     too_long: str = "drop"  # a prompt over rollout.max_prompt_tokens: "drop" (counted, named) | "refuse"
     directory: str = ""  # prepared data sets; empty: the user's cache directory
 
@@ -121,6 +122,7 @@ class Evaluation:
 
     every: int = 0  # steps; 0: only before the first and after the last update
     problems: int = 256  # at most
+    benchmarks: str = ""  # files, separated by commas, whose problems must not be trained on (data.overlap)
     samples: int = 4  # m per problem, at rollout.temperature; greedy is always measured too
 
 
@@ -187,19 +189,33 @@ def preset(name: str | None) -> Algorithm:
     return Algorithm(**PRESETS[name])
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """{"section.field": value} in the order of definition; tuples as lists, as JSON gives them back."""
-    return {
-        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
-        for section, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
-    }
+def flatten(config: Any) -> dict[str, Any]:
+    """{"section.field": value} of a dataclass of settings, in its order; tuples as lists, as JSON gives them back."""
+    flat = {}
+    for section, fields in dataclasses.asdict(config).items():
+        named = (
+            {f"{section}.{name}": v for name, v in fields.items()} if isinstance(fields, dict) else {section: fields}
+        )
+        flat |= {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
+    return flat
 
 
-_CHOICES = {
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+    """What single fields may be, by name."""
+
+    choices: dict[str, tuple[str, ...]]
+    at_least: dict[str, float | int]
+    above: dict[str, float | int]
+    at_most: dict[str, float | int]
+    below: dict[str, float | int] = dataclasses.field(default_factory=dict)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "data.task": ("arithmetic", "jsonl"),
+    "data.overlap": ("refuse", "allow"),
     "data.too_long": ("drop", "refuse"),
     "contexts.style": ("auto", "chat", "base", "tiny"),
     "contexts.text": ("auto", "full", "answer"),
@@ -214,7 +230,7 @@ _CHOICES = {
     "learner.moments_dtype": ("float32", "bfloat16"),
     "learner.schedule": ("cosine", "constant"),
 }
-_AT_LEAST: dict[str, float] = {  # inclusive
+_AT_LEAST: dict[str, float | int] = {  # inclusive
     "data.held_out": 0,
     "rollout.queries": 1,
     "rollout.group_size": 2,
@@ -245,25 +261,27 @@ _AT_LEAST: dict[str, float] = {  # inclusive
     "train.seed": 0,
     "train.log_groups": 0,
 }
-_ABOVE: dict[str, float] = {"rollout.temperature": 0, "rollout.top_p": 0, "learner.max_grad_norm": 0}
-_AT_MOST: dict[str, float] = {"rollout.top_p": 1, "learner.warmup": 1, "algorithm.clip_low": 1}
-_BELOW: dict[str, float] = {"learner.b1": 1, "learner.b2": 1}
+_ABOVE: dict[str, float | int] = {"rollout.temperature": 0, "rollout.top_p": 0, "learner.max_grad_norm": 0}
+_AT_MOST: dict[str, float | int] = {"rollout.top_p": 1, "learner.warmup": 1, "algorithm.clip_low": 1}
+_BELOW: dict[str, float | int] = {"learner.b1": 1, "learner.b2": 1}
 
 
-def validate(config: Config) -> None:
-    """Check every field and the ways in which fields depend on each other, before any device work.
+RULES = Rules(choices=_CHOICES, at_least=_AT_LEAST, above=_ABOVE, at_most=_AT_MOST, below=_BELOW)
+
+
+def check_fields(values: dict[str, Any], defaults: dict[str, Any], rules: Rules) -> list[str]:
+    """What is wrong with each field by itself: its type, its bounds; nothing where all are right.
 
     Raises:
-      ConfigError: naming each wrong field, its value and what is allowed.
+      ConfigError: where a type is wrong, since nothing else can be said about such a field.
     """
     wrong = []
-    values = flatten(config)
 
     def need(ok: bool, field: str, allowed: str) -> None:
         if not ok:
             wrong.append(f"{field}={values[field]!r}: {allowed}")
 
-    for name, default in flatten(Config()).items():
+    for name, default in defaults.items():
         kind, value = type(default), values[name]
         # An override of a tuple takes any words, and a recipe is Python: neither is checked before.
         if kind is list:
@@ -277,16 +295,42 @@ def validate(config: Config) -> None:
     for name, value in values.items():
         if isinstance(value, float):
             need(value == value and abs(value) != float("inf"), name, "must be a finite number")
-    for name, choices in _CHOICES.items():
+    for name, choices in rules.choices.items():
         need(values[name] in choices, name, f"must be one of {', '.join(choices)}")
-    for name, bound in _AT_LEAST.items():
+    for name, bound in rules.at_least.items():
         need(values[name] >= bound, name, f"must be at least {bound:g}")
-    for name, bound in _ABOVE.items():
+    for name, bound in rules.above.items():
         need(values[name] > bound, name, f"must be above {bound:g}")
-    for name, bound in _AT_MOST.items():
+    for name, bound in rules.at_most.items():
         need(values[name] <= bound, name, f"must be at most {bound:g}")
-    for name, bound in _BELOW.items():
+    for name, bound in rules.below.items():
         need(0 <= values[name] < bound, name, f"must be in [0, {bound:g})")
+    return wrong
+
+
+def check_mesh(mesh: Mesh) -> list[str]:
+    """What is wrong with the sizes of a mesh; nothing where they are right."""
+    sizes, wrong = dataclasses.asdict(mesh), []
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            wrong.append(f"mesh.{axis}={size}: must be at least 1, or -1 for what is left")
+        elif size == -1 and list(sizes.values()).count(-1) > 1:
+            wrong.append(f"mesh.{axis}={size}: must be -1 for one axis at most")
+    return wrong
+
+
+def validate(config: Config) -> None:
+    """Check every field and the ways in which fields depend on each other, before any device work.
+
+    Raises:
+      ConfigError: naming each wrong field, its value and what is allowed.
+    """
+    values = flatten(config)
+    wrong = check_fields(values, flatten(Config()), RULES)
+
+    def need(ok: bool, field: str, allowed: str) -> None:
+        if not ok:
+            wrong.append(f"{field}={values[field]!r}: {allowed}")
 
     a, n = config.algorithm, config.rollout.group_size
     need(bool(config.model.path), "model.path", "must name a Hugging Face model directory")
@@ -313,10 +357,7 @@ def validate(config: Config) -> None:
         need(config.learner.moments_dtype == "float32", "learner.moments_dtype", "must be float32 with adafactor")
     if a.causal_factor == "bayes":
         need(a.sampling == "shared", "algorithm.sampling", "must be shared with causal_factor bayes")
-    sizes = dataclasses.asdict(config.mesh)
-    for axis, size in sizes.items():
-        need(size >= 1 or size == -1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
-        need(size != -1 or list(sizes.values()).count(-1) == 1, f"mesh.{axis}", "must be -1 for one axis at most")
+    wrong += check_mesh(config.mesh)
     for step in config.train.audit_steps:
         need(0 <= step < config.train.total_steps, "train.audit_steps", "must be in [0, train.total_steps)")
     if wrong:
@@ -333,6 +374,7 @@ def check_paths(config: Config) -> None:
     if config.data.task == "jsonl":
         named += [("data.path", config.data.path, "")]
         named += [("data.eval_path", config.data.eval_path, "")] if config.data.eval_path else []
+    named += [("evaluation.benchmarks", path, "") for path in config.evaluation.benchmarks.split(",") if path]
     for field, path, inside in named:
         if not (pathlib.Path(path) / inside).exists():
             raise ConfigError(f"{field}={path!r}: {pathlib.Path(path) / inside} does not exist")

@@ -41,6 +41,29 @@ def read_tokenizer(path: str | pathlib.Path) -> Any:
     return reader.from_pretrained(str(path), local_files_only=True)
 
 
+def build(path: str, settings: config_lib.Contexts, prompt: str, eos_ids: Sequence[int]) -> "ContextBuilder":
+    """The context builder of a model directory.
+
+    Raises:
+      ConfigError: where there is no tokenizer, or no end id to stop at.
+    """
+    if not eos_ids:
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
+        )
+    try:
+        tokenizer = read_tokenizer(path)
+    except Exception as error:  # the libraries below raise what they like, some of it over many lines
+        reason = " ".join(str(error).split())
+        raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {reason}") from error
+    # Without its files, transformers makes one that knows no text and says nothing.
+    if not tokenizer.encode("1", add_special_tokens=False):
+        raise config_lib.ConfigError(
+            f"model.path={path!r}: no tokenizer can be read there: it makes nothing of text; is tokenizer.json there?"
+        )
+    return ContextBuilder(tokenizer, settings, prompt, frozenset(eos_ids))
+
+
 @dataclasses.dataclass
 class ContextBuilder:
     """Builds contexts with one tokenizer in one style.
@@ -77,6 +100,10 @@ class ContextBuilder:
         self._pieces = functools.lru_cache(maxsize=4096)(self._render)
         if style == "chat":
             self._check_template()
+
+    def raw(self, text: str) -> Ids:
+        """Text that the policy goes on writing, without anything around it."""
+        return self._start + self._ids(text)
 
     def query(self, problem: str) -> Ids:
         """The context of a candidate."""

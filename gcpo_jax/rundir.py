@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from gcpo_jax import processes
-from gcpo_jax.config import Config, ConfigError, flatten
+from gcpo_jax.config import ConfigError, flatten
 
 # What may differ when a run goes on: these change what is written down or where it is computed, never a number of the
 # run beyond rounding.
@@ -30,7 +30,7 @@ class Run:
             self._lock = None
 
 
-def open_run(workdir: pathlib.Path, config: Config) -> Run:
+def open_run(workdir: pathlib.Path, config: Any, may_change: frozenset[str] = MAY_CHANGE) -> Run:
     """Make or reopen a run directory: lock it and write, or compare, config.json.
 
     Of several processes the first does it; all must have the same settings and see the directory.
@@ -39,11 +39,11 @@ def open_run(workdir: pathlib.Path, config: Config) -> Run:
 
     Raises:
       ConfigError: where the directory cannot be written, holds something else, is in use by another process, or holds
-        a run whose settings differ in a field outside MAY_CHANGE (every such field is named with both values); or
+        a run whose settings differ in a field outside `may_change` (every such field is named with both values); or
         where processes differ in their settings.
     """
     processes.check_same("settings", flatten(config))
-    lock = processes.by_first(lambda: _open(workdir, flatten(config)), ConfigError)
+    lock = processes.by_first(lambda: _open(workdir, flatten(config), may_change), ConfigError)
     processes.together(lambda: _look(workdir), ConfigError)
     return Run(lock if processes.is_first() else None)
 
@@ -56,7 +56,7 @@ def _look(workdir: pathlib.Path) -> None:
         )
 
 
-def _open(workdir: pathlib.Path, now: dict[str, Any]) -> int:
+def _open(workdir: pathlib.Path, now: dict[str, Any], may_change: frozenset[str]) -> int:
     settings = workdir / "config.json"
     lock = None
     try:
@@ -68,7 +68,7 @@ def _open(workdir: pathlib.Path, now: dict[str, Any]) -> int:
                 "name an empty or a new directory"
             )
         lock = _lock(workdir)
-        _settle(workdir, settings, now)
+        _settle(workdir, settings, now, may_change)
     except BaseException as error:
         if lock is not None:
             os.close(lock)
@@ -93,7 +93,7 @@ def _lock(workdir: pathlib.Path) -> int:
     return lock
 
 
-def _settle(workdir: pathlib.Path, settings: pathlib.Path, now: dict[str, Any]) -> None:
+def _settle(workdir: pathlib.Path, settings: pathlib.Path, now: dict[str, Any], may_change: frozenset[str]) -> None:
     version = importlib.metadata.version("gcpo_jax")
     if settings.exists():
         try:
@@ -104,7 +104,7 @@ def _settle(workdir: pathlib.Path, settings: pathlib.Path, now: dict[str, Any]) 
         absent = "(absent)"
         names = [*now, *(name for name in before if name not in now)]
         changed = [name for name in names if before.get(name, absent) != now.get(name, absent)]
-        if refused := [name for name in changed if name not in MAY_CHANGE]:
+        if refused := [name for name in changed if name not in may_change]:
             fields = (f"{name} was {before.get(name, absent)!r}, is {now.get(name, absent)!r}" for name in refused)
             raise ConfigError(
                 f"--workdir={str(workdir)!r} holds a run with other settings: {'; '.join(fields)}. "

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gcpo_jax.config import Config
-from gcpo_jax.evaluate import majority
+from gcpo_jax.evaluation.statistics import majority
 from gcpo_jax.learner import Batch
 from gcpo_jax.metrics import peak_flops
 from gcpo_jax.rollout import Experience

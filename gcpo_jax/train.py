@@ -18,7 +18,6 @@ from gcpo_jax import (
     audit,
     checkpoint,
     commandline,
-    evaluate,
     learner,
     metrics,
     models,
@@ -30,7 +29,10 @@ from gcpo_jax import (
     tasks,
 )
 from gcpo_jax import config as config_lib
-from gcpo_jax.contexts import ContextBuilder, read_tokenizer
+from gcpo_jax import contexts as contexts_lib
+from gcpo_jax.contexts import ContextBuilder
+from gcpo_jax.evaluation import held_out as held_out_lib
+from gcpo_jax.tasks import benchmarks, jsonl, overlap
 
 # What the command ends with as one line; anything else is a mistake of the program's and keeps its traceback.
 EXPECTED = (
@@ -62,6 +64,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     answer = tasks.resolve_answer(config.data.reward)
     task = tasks.build(config.data)
     problems, too_long = within_limit(config, contexts, task.train, model_config.vocab_size)
+    repeats = overlaps(config, task)
     held_out, too_long_held_out = within_limit(config, contexts, task.held_out, model_config.vocab_size)
     models.check_weights(config.model.path)
     processes.check_same("problems", tasks.fingerprint((*problems, *held_out)))
@@ -89,13 +92,15 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     told = [f"{len(problems)} problems{left_out(config, too_long)}"]
     told += [f"{len(held_out)} held out{left_out(config, too_long_held_out)}"]
     log.say(f"{', '.join(told)}; from step {start}")
+    for line in repeats:
+        log.say(line)
 
     def actor() -> rollout.Actor:
         return rollout.Actor(config, model_config, learner.cast(state.params, config.model.dtype), contexts)
 
     def evaluation() -> dict[str, float]:
         rows = held_out[: config.evaluation.problems]
-        result = evaluate.accuracy(actor(), reward, answer, rows, config.evaluation.samples)
+        result = held_out_lib.accuracy(actor(), reward, answer, rows, config.evaluation.samples)
         return {f"eval/{name}": value for name, value in result.items()}
 
     def save(step: int) -> None:
@@ -163,22 +168,7 @@ def make_contexts(config: config_lib.Config, model_config: models.ModelConfig) -
     Raises:
       ConfigError: where there is no tokenizer, or no end id to stop at.
     """
-    path = config.model.path
-    if not model_config.eos_ids:
-        raise config_lib.ConfigError(
-            f"model.path={path!r}: neither config.json nor generation_config.json has eos_token_id"
-        )
-    try:
-        tokenizer = read_tokenizer(path)
-    except Exception as error:  # the libraries below raise what they like, some of it over many lines
-        reason = " ".join(str(error).split())
-        raise config_lib.ConfigError(f"model.path={path!r}: no tokenizer can be read there: {reason}") from error
-    # Without its files, transformers makes one that knows no text and says nothing.
-    if not tokenizer.encode("1", add_special_tokens=False):
-        raise config_lib.ConfigError(
-            f"model.path={path!r}: no tokenizer can be read there: it makes nothing of text; is tokenizer.json there?"
-        )
-    return ContextBuilder(tokenizer, config.contexts, config.data.prompt, frozenset(model_config.eos_ids))
+    return contexts_lib.build(config.model.path, config.contexts, config.data.prompt, model_config.eos_ids)
 
 
 def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: tasks.Problems, vocab_size: int):
@@ -210,6 +200,29 @@ def within_limit(config: config_lib.Config, contexts: ContextBuilder, problems: 
     if not kept:
         raise tasks.DataError(f"none of {len(problems)} problems fits rollout.max_prompt_tokens={limit}")
     return kept, dropped
+
+
+def overlaps(config: config_lib.Config, task: tasks.Task) -> list[str]:
+    """In words, which training problems are evaluation problems too, by their text, or nearly so (overlap.py).
+
+    Raises:
+      tasks.DataError: for such a problem where data.overlap is "refuse", or for a file of evaluation.benchmarks that
+        cannot be read. What is only nearly the same is never refused.
+    """
+    sets = {"the held-out problems": (task.held_out, False)}
+    for path in filter(None, config.evaluation.benchmarks.split(",")):
+        sets[path] = (benchmarks.parse(jsonl.read(pathlib.Path(path), "evaluation.benchmarks"), path)[1], True)
+    said = []
+    for name, (rows, also_near) in sets.items():
+        same = overlap.find(task.train, rows, question=benchmarks.question)
+        if config.data.overlap == "refuse":
+            overlap.refuse(same, name)
+        near = overlap.find(task.train, rows, near=True, question=benchmarks.question) if also_near else same
+        for pairs, how in ((same, "stand in"), ([p for p in near if p not in same], "are nearly problems of")):
+            if pairs:
+                listed = ", ".join(f"{a} ({b})" for a, b in pairs[:3]) + (", ..." if pairs[3:] else "")
+                said.append(f"{len(pairs)} training problems {how} {name}: {listed}")
+    return said
 
 
 def left_out(config: config_lib.Config, ids: list[str]) -> str:
@@ -245,6 +258,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Parse flags and go; the entry point of `gcpo-train`."""
     commandline.define()
+    commandline.define_processes()
     app.run(main, flags_parser=commandline.parse)
 
 

@@ -30,9 +30,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import evaluate, learner, models
+from gcpo_jax import learner, models
 from gcpo_jax.batching import pad_rows
 from gcpo_jax.contexts import ContextBuilder
+from gcpo_jax.evaluation import held_out
+from gcpo_jax.evaluation.statistics import mean_and_error
 from gcpo_jax.rollout import Actor
 from gcpo_jax.tasks import arithmetic
 
@@ -190,7 +192,7 @@ def report(args, config, params, tokenizer) -> None:
     builder = ContextBuilder(tokenizer, run.contexts, "{problem}", frozenset(config.eos_ids))
     actor = Actor(run, config, params, builder)
     rows = arithmetic.problems()[1][: args.measure]
-    result = evaluate.accuracy(actor, arithmetic.reward, arithmetic.answer, rows, GROUP)
+    result = held_out.accuracy(actor, arithmetic.reward, arithmetic.answer, rows, GROUP)
     prompts = [builder.query(r["problem"]) for r in rows]
     groups = actor.sample(prompts, GROUP, 16, jax.random.key(1)).tokens
     listed = [[builder.quote(c) for c in g] for g in groups]
@@ -199,14 +201,14 @@ def report(args, config, params, tokenizer) -> None:
     ).tokens
     texts = actor.decode([u[0] for u in integrated])
     scores = [arithmetic.reward("", t, r) for t, r in zip(texts, rows, strict=True)]
-    result["integrated"], result["integrated_se"] = evaluate.mean_and_error(scores)
+    result["integrated"], result["integrated_se"] = mean_and_error(scores)
     x = [
         builder.leave_one_out(r["problem"], c[1:], builder.quote(u[0]))
         for r, c, u in zip(rows, listed, integrated, strict=True)
     ]
     target = [g[0] for g in groups]
     gain = (actor.score(x, target, 16) - actor.score(prompts, target, 16)).sum(1)
-    result["posterior_gain_nats"], result["posterior_gain_nats_se"] = evaluate.mean_and_error(gain.tolist())
+    result["posterior_gain_nats"], result["posterior_gain_nats_se"] = mean_and_error(gain.tolist())
     command = f"python scripts/cold_start.py --out DIR --seed {args.seed} --steps {args.steps} " + (
         f"--habit {args.habit} --slips {args.slips}"
     )

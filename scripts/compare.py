@@ -21,7 +21,7 @@ import numpy as np
 
 from gcpo_jax import config as config_lib
 from gcpo_jax import provenance, train
-from gcpo_jax.evaluate import mean_and_error
+from gcpo_jax.evaluation.statistics import mean_and_error
 
 MEASURES = ("pass@1", "greedy", "majority")
 COLUMNS = ("integrated/accuracy", "majority/accuracy", "upsilon/mean", "upsilon/std", "upsilon/reward_corr")

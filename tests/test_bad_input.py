@@ -170,6 +170,15 @@ def test_data_that_is_empty_missing_or_too_little_is_named(refused, tmp_path):
     refused("data.held_out=12", "none would be left to train on", **{"data.held_out": 12})
 
 
+def test_a_training_problem_that_is_an_evaluation_problem_is_refused(refused, tmp_path):
+    held_out = write_rows(tmp_path / "held_out.jsonl", [ROWS[3] | {"problem": " 3 +1 ="}])
+    refused("1 training problems stand in the held-out problems too ('p3' is 'p3')", "data.overlap=allow",
+            **{"data.eval_path": held_out})  # fmt: skip
+    refused(f"1 training problems stand in {held_out} too", **{"evaluation.benchmarks": held_out, "data.held_out": 2})
+    refused("evaluation.benchmarks='none.jsonl'", "does not exist", **{"evaluation.benchmarks": "none.jsonl"})
+    refused("data.overlap='maybe': must be one of refuse, allow", **{"data.overlap": "maybe"})
+
+
 def test_prompts_that_are_too_long_are_refused_where_asked_or_where_none_is_left(refused):
     short = {"rollout.max_prompt_tokens": 5}
     refused("problem 'p0' has 6 prompt tokens", "max_prompt_tokens=5", **short, **{"data.too_long": "refuse"})

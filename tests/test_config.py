@@ -1,6 +1,7 @@
 """Settings: presets, validation messages, overrides on the command line."""
 
 import dataclasses
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import sys
 import pytest
 
 from gcpo_jax import config as config_lib
+from gcpo_jax.evaluation import settings
 
-CONFIGS = sorted(p for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+RECIPES = sorted(p for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+CONFIGS = [p for p in RECIPES if not p.stem.startswith("eval_")]
 
 
 def valid(**changes) -> config_lib.Config:
@@ -86,6 +89,15 @@ def test_every_recipe_has_every_preset(file, variant):
     config.model.path = config.model.path or "model"
     config.data.path = config.data.path or "data.jsonl"
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize("name", ["eval_paper", "eval_tiny"])
+def test_recipes_of_an_evaluation_are_valid_and_have_no_variants(name):
+    recipe = importlib.import_module(f"gcpo_jax.configs.{name}")
+    config = recipe.get_config()
+    settings.validate(config, needs_model=name == "eval_tiny")
+    with pytest.raises(config_lib.ConfigError, match=f"configs/{name}.py has no variant 'gcpo'"):
+        recipe.get_config("gcpo")
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import micro_model
 import pytest
 
 from gcpo_jax import config, summary
+from gcpo_jax.evaluation import settings
 from gcpo_jax.tasks import code
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").rglob("*.md")])
 FILES = ("json", "jsonl", "py")  # what follows the dot in a file's name
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
-FIELDS = set(config.flatten(config.Config()))
+FIELDS = set(config.flatten(config.Config())) | set(config.flatten(settings.EvalConfig()))
 SECTIONS = {name.partition(".")[0] for name in FIELDS}
 MODULES = {path.stem for path in (ROOT / "gcpo_jax").glob("*.py")}
 
@@ -29,7 +30,9 @@ def exists(section: str, name: str) -> bool:
     return f"{section}.{name}" in FIELDS or hasattr(module, name)
 
 
-def test_every_block_of_the_page_for_ones_own_data_runs_in_order(tmp_path):
+@pytest.fixture
+def run_page(tmp_path):
+    """run_page(name): every block of a page but plain text, in order, in an empty directory; returns what was said."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {
         "MODEL": str(micro_model.write(tmp_path / "model", chat=True)),
@@ -39,23 +42,42 @@ def test_every_block_of_the_page_for_ones_own_data_runs_in_order(tmp_path):
     }
     work = tmp_path / "work"
     work.mkdir()
-    said = ""
-    for language, name, text in BLOCK.findall((ROOT / "docs" / "your_own.md").read_text()):
-        assert language in ("json", "python", "bash") and (language == "bash") != bool(name), (language, name)
-        if name:
-            (work / name).write_text(text)
-            continue
-        if "ask.py" in text and not importlib.util.find_spec("torch"):
-            continue  # transformers needs torch to run a model; the library does not
-        if "tasks.code" in text and code.available():
-            continue  # no sandbox here; test_reward_workers.py sees that the command then says so
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text], cwd=work, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
-        said += result.stdout + result.stderr
+    (work / "configs").symlink_to(ROOT / "configs")
+
+    def run_page(page):
+        said = ""
+        for language, name, text in BLOCK.findall((ROOT / "docs" / page).read_text()):
+            if language == "text":
+                continue
+            assert language in ("json", "python", "bash") and (language == "bash") != bool(name), (language, name)
+            if name:
+                (work / name).write_text(text)
+                continue
+            if "ask.py" in text and not importlib.util.find_spec("torch"):
+                continue  # transformers needs torch to run a model; the library does not
+            if "tasks.code" in text and code.available():
+                continue  # no sandbox here; test_reward_workers.py sees that the command then says so
+            result = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", text], cwd=work, env=environment, capture_output=True, text=True
+            )
+            assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
+            said += result.stdout + result.stderr
+        return said
+
+    return run_page
+
+
+def test_every_block_of_the_page_for_ones_own_data_runs_in_order(run_page):
+    said = run_page("your_own.md")
     # What a reader is told to see: the reward, the style, both evaluations, a group, the end.
     for words in ("1.0\n", "style chat; 4 problems", "step 0/2", "step 2/2", "'scaled_advantage'", "from step 2"):
+        assert words in said, f"{words!r} not in\n{said}"
+
+
+@pytest.mark.slow  # six commands, each of which starts and compiles
+def test_every_block_of_the_page_about_evaluation_runs_in_order(run_page):
+    said = run_page("evaluate.md")
+    for words in ("| Arithmetic | 64 ", "| sums ", "B - A, paired", "new tokens, at most", " left\n"):
         assert words in said, f"{words!r} not in\n{said}"
 
 

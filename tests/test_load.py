@@ -189,10 +189,10 @@ def test_a_damaged_prepared_file_is_refused_by_name(tmp_path):
 def test_the_cache_directory_is_the_setting_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert load.cache_directory(config.Data()) == tmp_path / ".cache" / "gcpo_jax"
+    assert load.cache_directory() == tmp_path / ".cache" / "gcpo_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert load.cache_directory(config.Data()) == tmp_path / "x" / "gcpo_jax"
-    assert load.cache_directory(config.Data(directory="~/mine")) == tmp_path / "mine"
+    assert load.cache_directory() == tmp_path / "x" / "gcpo_jax"
+    assert load.cache_directory("~/mine") == tmp_path / "mine"
 
 
 def test_processes_that_prepare_the_same_data_at_once_all_get_it(tmp_path):

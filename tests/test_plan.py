@@ -20,7 +20,6 @@ from jax.sharding import SingleDeviceSharding
 from gcpo_jax import (
     advice,
     estimate,
-    evaluate,
     hardware,
     learner,
     metrics,
@@ -35,6 +34,7 @@ from gcpo_jax import (
 )
 from gcpo_jax import config as config_lib
 from gcpo_jax.config import ConfigError
+from gcpo_jax.evaluation import held_out
 from gcpo_jax.models.architectures import ARCHITECTURES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -145,8 +145,8 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), batch, planned)
 
     made.clear()
-    held_out = rows[:1] * c.evaluation.problems
-    evaluate.accuracy(actor, lambda *_: 1.0, lambda text: text, held_out, c.evaluation.samples)
+    problems = rows[:1] * c.evaluation.problems
+    held_out.accuracy(actor, lambda *_: 1.0, lambda text: text, problems, c.evaluation.samples)
     calls = workload.evaluation(c, model)
     assert {k.phase for k in calls} == {"evaluate"} and c.evaluation.samples > 1
     assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens) for k in calls) == made

@@ -49,11 +49,15 @@ class JsonlProblems(_Problems):
     """Problem and answer rows of a user's JSONL file."""
 
 
+class Benchmark(_Problems):
+    """One of benchmarks.py, or a user's file in the form of one: problems to be evaluated on."""
+
+
 class Arithmetic(_Problems):
     """The generated task of arithmetic.py."""
 
 
-BUILDERS = {"jsonl": JsonlProblems, "arithmetic": Arithmetic}
+BUILDERS = {"jsonl": JsonlProblems, "arithmetic": Arithmetic, "benchmark": Benchmark}
 
 
 def write(task: str, splits: dict[str, list[Row]], directory: pathlib.Path) -> pathlib.Path:

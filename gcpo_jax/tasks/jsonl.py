@@ -8,6 +8,8 @@ import pathlib
 import zlib
 from typing import Any
 
+from gcpo_jax.tasks.spelling import normalise
+
 Row = dict[str, Any]
 
 
@@ -110,8 +112,8 @@ def _short(value: Any) -> str:
 def split(rows: list[Row], held_out: int, name: str) -> tuple[list[Row], list[Row]]:
     """(training, held-out) rows, both in the file's order.
 
-    Held out are the `held_out` rows whose problem's sha256 is smallest, among the problems that the file has once: so
-    the choice depends on neither order nor seed, and no training row repeats a held-out problem.
+    Held out are the `held_out` rows whose problem's sha256 is smallest, among the problems that the file has once in
+    any spelling: so the choice depends on neither order nor seed, and no training row repeats a held-out problem.
 
     Raises:
       DataError: where no row would be left to train on, or too few problems stand in the file once.
@@ -119,9 +121,10 @@ def split(rows: list[Row], held_out: int, name: str) -> tuple[list[Row], list[Ro
     if held_out >= len(rows):
         raise DataError(f"data.held_out={held_out}: {name} has {len(rows)} rows and none would be left to train on")
     times: dict[str, int] = {}
-    for row in rows:
-        times[row["problem"]] = times.get(row["problem"], 0) + 1
-    once = [problem for problem, count in times.items() if count == 1]
+    spelt = [normalise(row["problem"]) for row in rows]
+    for text in spelt:
+        times[text] = times.get(text, 0) + 1
+    once = [row["problem"] for row, text in zip(rows, spelt, strict=True) if times[text] == 1]
     if held_out > len(once):
         raise DataError(f"data.held_out={held_out}: only {len(once)} problems of {name} stand in it once")
     kept = set(sorted(once, key=lambda problem: hashlib.sha256(problem.encode()).digest())[:held_out])

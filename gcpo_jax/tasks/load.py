@@ -17,7 +17,7 @@ from gcpo_jax.tasks import arithmetic, jsonl
 from gcpo_jax.tasks.jsonl import DataError, Row
 
 Problems = Sequence[Row]  # rows with at least "id", "problem" and "answer", all text
-FORMAT = 1  # raised whenever what is written for the same file changes
+FORMAT = 2  # raised whenever what is written for the same file changes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,10 +41,26 @@ def build(data: config.Data) -> Task:
     if data.task == "jsonl":
         named = {"data.path": data.path} | ({"data.eval_path": data.eval_path} if data.eval_path else {})
         contents = {field: jsonl.read(pathlib.Path(path), field) for field, path in named.items()}
-    directory = cache_directory(data) / data.task / _digest(data, contents)
+    directory = cache_directory(data.directory) / data.task / _digest(data, contents)
     if not directory.exists():
-        _prepare(data, _splits(data, contents), directory)
+        _prepare(data.task, _splits(data, contents), directory, f"data.directory={data.directory!r}")
     return Task(_open(directory, "train"), _open(directory, "held_out"))
+
+
+def prepared(task: str, rows: Sequence[Row], digest: str) -> Problems:
+    """Rows as they come back from a data set in the user's cache, which is written there if it is not yet.
+
+    Args:
+      task: a name of builders.BUILDERS.
+      digest: of everything that decides the rows.
+
+    Raises:
+      DataError: where it cannot be written or read.
+    """
+    directory = cache_directory() / task / digest
+    if not directory.exists():
+        _prepare(task, {"test": list(rows)}, directory, "XDG_CACHE_HOME")
+    return _open(directory, "test")
 
 
 def batch_indices(size: int, queries: int, step: int, seed: int) -> list[int]:
@@ -64,10 +80,10 @@ def fingerprint(problems: Problems) -> dict[str, str]:
     return {"number": str(len(problems)), "sha256": hashlib.sha256(said.encode()).hexdigest()}
 
 
-def cache_directory(data: config.Data) -> pathlib.Path:
-    """data.directory, or gcpo_jax in the user's cache directory."""
-    if data.directory:
-        return pathlib.Path(data.directory).expanduser()
+def cache_directory(named: str = "") -> pathlib.Path:
+    """The directory that was named, or gcpo_jax in the user's cache directory."""
+    if named:
+        return pathlib.Path(named).expanduser()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gcpo_jax"
 
 
@@ -96,7 +112,7 @@ def _splits(data: config.Data, contents: dict[str, bytes]) -> dict[str, list[Row
     return {"train": train, "held_out": held_out}
 
 
-def _prepare(data: config.Data, splits: dict[str, list[Row]], directory: pathlib.Path) -> None:
+def _prepare(task: str, splits: dict[str, list[Row]], directory: pathlib.Path, setting: str) -> None:
     """Write a data set beside its place and rename it there: whoever looks finds all of it or nothing."""
     from gcpo_jax.tasks import builders  # noqa: PLC0415  most of a second, which asking for a reward need not wait
 
@@ -104,7 +120,7 @@ def _prepare(data: config.Data, splits: dict[str, list[Row]], directory: pathlib
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix="incomplete-"))
-        written = builders.write(data.task, splits, aside)
+        written = builders.write(task, splits, aside)
         try:
             written.rename(directory)
         except OSError:
@@ -112,7 +128,7 @@ def _prepare(data: config.Data, splits: dict[str, list[Row]], directory: pathlib
                 raise
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"data.directory={data.directory!r}: a prepared data set cannot be written below {directory.parent}: "
+            f"{setting}: a prepared data set cannot be written below {directory.parent}: "
             f"{error}; name a directory that can be written to"
         ) from error
     finally:

@@ -1,84 +1,94 @@
-"""Grading beside the device's work: completions go in as they are sampled, rewards come out where they are used."""
+"""Problems that stand in two files, found by their text.
 
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+Same is a problem of the same text up to its spelling (spelling.py). Near is a training row that has more than half of
+the 13-word sequences of an evaluation problem: a copy with other notation or another ending, or else a sibling made
+from the same template.
+"""
 
-import numpy as np
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 
-from gcpo_jax import processes
-from gcpo_jax.tasks import rewards
+from gcpo_jax.tasks.jsonl import DataError, Row
+from gcpo_jax.tasks.spelling import normalise
 
-_Job = tuple[int, str, Sequence[str], dict[str, Any]]
+_WORD = re.compile(r"\w+")
+LENGTH = 13
 
 
-class Grading:
-    """The rewards of one step. A context manager; leaving it ends what has not begun.
+def find(
+    train: Iterable[Row],
+    held_out: Sequence[Row],
+    near: bool = False,
+    question: Callable[[Row], str] = lambda row: row["problem"],
+) -> list[tuple[str, str]]:
+    """(id of a training row, id of an evaluation row whose problem it repeats), in the order of `train`.
 
-    A reward with a batch form is called in one thread of its own, with all that waits at that moment. One without is
-    called where it is waited for, in the order of the groups: it may use what only the main thread may (signals).
-    With several processes each grades its share of the groups, and all get all rewards.
+    Args:
+      near: count near rows too.
     """
+    same: dict[str, str] = {}
+    parts: list[set[int]] = []
+    holders: dict[int, list[int]] = {}
+    for k, row in enumerate(held_out):
+        same.setdefault(normalise(question(row)), str(row["id"]))
+        parts.append(_sequences(question(row)) if near else set())
+        for part in parts[k]:
+            holders.setdefault(part, []).append(k)
+    pairs = []
+    for row in train:
+        text = question(row)
+        found = same.get(normalise(text))
+        if found is None and near:
+            shared: dict[int, int] = {}
+            for part in _sequences(text) & holders.keys():
+                for k in holders[part]:
+                    shared[k] = shared.get(k, 0) + 1
+            found = next((str(held_out[k]["id"]) for k, n in shared.items() if 2 * n > len(parts[k])), None)
+        if found is not None:
+            pairs.append((str(row["id"]), found))
+    return pairs
 
-    def __init__(self, reward: rewards.Reward):
-        self._reward = reward
-        self._thread = ThreadPoolExecutor(1, "grading") if getattr(reward, "batch", None) is not None else None
-        self._lock = threading.Lock()
-        self._waiting: list[_Job] = []
-        self._begun: list[Future[None]] = []
-        self._values: dict[int, np.ndarray] = {}
-        self.seconds = 0.0  # spent in the reward
 
-    def __enter__(self) -> "Grading":
-        return self
+def _sequences(text: str) -> set[int]:
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return {hash(tuple(words[k : k + LENGTH])) for k in range(len(words) - LENGTH + 1)}
 
-    def __exit__(self, *exception: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
 
-    def add(self, group: int, prompt: str, completions: Sequence[str], row: dict[str, Any]) -> None:
-        """Have completions of one prompt graded, as the group of that number."""
-        if group % processes.count() != processes.index():
-            return
-        with self._lock:
-            self._waiting.append((group, prompt, completions, row))
-        if self._thread is not None:
-            self._begun.append(self._thread.submit(self._grade))
+def refuse(pairs: list[tuple[str, str]], name: str) -> None:
+    """Nothing where there are no pairs.
 
-    def wait(self) -> dict[int, np.ndarray]:
-        """The rewards [completions] of every group added since the last call.
-
-        Raises:
-          RewardError: as rewards.score, in every process where it is raised in one.
-        """
-        shares = processes.together(self._share, rewards.RewardError)
-        return {group: np.array(values, np.float64) for share in shares for group, values in share}
-
-    def _share(self) -> list[tuple[int, list[float]]]:
-        if self._thread is None:
-            self._waiting.sort(key=lambda job: job[0])
-            self._grade()
-        for job in self._begun:
-            job.result()
-        values, self._values, self._begun = self._values, {}, []
-        return [(group, part.tolist()) for group, part in values.items()]
-
-    def _grade(self) -> None:
-        """Grade all that waits; nothing, where an earlier call took it along."""
-        with self._lock:
-            jobs, self._waiting = self._waiting, []
-        if not jobs:
-            return
-        began = time.perf_counter()
-        values = rewards.score(
-            self._reward,
-            [prompt for _, prompt, completions, _ in jobs for _ in completions],
-            [text for _, _, completions, _ in jobs for text in completions],
-            [row for _, _, completions, row in jobs for _ in completions],
+    Raises:
+      DataError: with the number of pairs, the first ones, and what to do.
+    """
+    if pairs:
+        shown = ", ".join(f"{train!r} is {test!r}" for train, test in pairs[:5]) + (", ..." if pairs[5:] else "")
+        raise DataError(
+            f"{len(pairs)} training problems stand in {name} too ({shown}): take them out of the training file "
+            "(python -m gcpo_jax.tasks.overlap TRAIN EVALUATION lists them), or set data.overlap=allow"
         )
-        self.seconds += time.perf_counter() - began
-        ends = np.cumsum([len(completions) for _, _, completions, _ in jobs])
-        for (group, *_), part in zip(jobs, np.split(values, ends[:-1]), strict=True):
-            self._values[group] = part
+
+
+def main(argv: list[str]) -> int:
+    """python -m gcpo_jax.tasks.overlap TRAIN EVALUATION...: each pair, separated by tabs; 1 where there is one."""
+    import pathlib  # noqa: PLC0415
+
+    from gcpo_jax.tasks import benchmarks, jsonl  # noqa: PLC0415
+
+    if len(argv) < 2:
+        sys.exit("usage: python -m gcpo_jax.tasks.overlap TRAIN.jsonl EVALUATION.jsonl ...")
+    try:
+        (_, train), *others = (benchmarks.parse(jsonl.read(pathlib.Path(a), "file"), a) for a in argv)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    found = 0
+    for name, (_, rows) in zip(argv[1:], others, strict=True):
+        for pair in find(train, rows, True, benchmarks.question):
+            found += 1
+            print(name, *pair, sep="\t")
+    return int(found > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
