@@ -282,16 +282,11 @@ def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     mine = {name: np.sum([np.asarray(p) for p in ps], axis=0, dtype=np.uint32).tolist() for name, ps in parts.items()}
     shares = processes.exchange({name: sums or [0, 0] for name, sums in mine.items()})
-    return {
-        name: {
-            "shape": list(x.shape),
-            "dtype": str(x.dtype),
-            "digest": "".join(
-                f"{sum(sums) % 2**32:08x}" for sums in zip(*(share[name] for share in shares), strict=True)
-            ),
-        }
-        for name, x in arrays.items()
-    }
+
+    def total(name: str) -> str:
+        return "".join(f"{sum(sums) % 2**32:08x}" for sums in zip(*(share[name] for share in shares), strict=True))
+
+    return {name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": total(name)} for name, x in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gcpo_jax import causal, models
 from gcpo_jax.batching import bucket, chunks, pad_rows
+from gcpo_jax.draw import choose
 from gcpo_jax.partition import put_rows
-from gcpo_jax.sampler import choose
 
 
 def mixture(p: Float[Array, "*rows R V"]) -> Float[Array, "*rows V"]:
@@ -108,7 +108,8 @@ def _decode(
         length = length + jnp.where(done, 0, 1)
         done = done | jnp.isin(drawn, ends)
         fed = jnp.repeat(drawn, R)[:, None]
-        hidden, cache = models.decode_step(model_config, params, fed, t, lengths, prompt_cache, cache)
+        age = jnp.broadcast_to(t, (B * R,))
+        hidden, cache = models.decode_step(model_config, params, fed, t, age, lengths, prompt_cache, cache)
         return t + 1, hidden, cache, tokens, length, done
 
     start = (

@@ -1,4 +1,4 @@
-"""Problems in, rewards out: see load.py (data), rewards.py and overlap.py (calling a reward), and the tasks
+"""Problems in, rewards out: see load.py (data), rewards.py and beside.py (calling a reward), and the tasks
 arithmetic.py, math.py and code.py."""
 
 from gcpo_jax.tasks.beside import Grading

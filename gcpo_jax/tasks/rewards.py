@@ -2,7 +2,7 @@
 
 A reward is a function reward(prompt, completion, row) -> number. It may have a batch form, a function of three lists
 that returns the numbers in order: `reward.batch = many`, or `@batched(many)`. That is used wherever there is one, and
-training calls it in a thread of its own while the device works (overlap.py).
+training calls it in a thread of its own while the device works (beside.py).
 """
 
 import functools
