@@ -265,7 +265,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return what is written."""
     if args.name == "startup":
         rows = startup.measure(args.rounds, args.variant)
-        unit, kinds = "seconds", {k: {"seconds": rounds_lib.spread(rounds_lib.seconds(v)), "rounds": v} for k, v in rows.items()}
+        unit, kinds = (
+            "seconds",
+            {k: {"seconds": rounds_lib.spread(rounds_lib.seconds(v)), "rounds": v} for k, v in rows.items()},
+        )
         results: dict[str, Any] = {f"configs/tiny.py:{args.variant}": kinds}
         specs: dict[str, Any] = {}
     else:

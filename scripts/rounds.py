@@ -33,7 +33,7 @@ class _Process:
 
     def __init__(self, contender: Contender):
         self.name = contender.name
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         env = dict(os.environ)
         if contender.worker == "ours.py":
             # The package of this checkout, whatever is installed.
@@ -63,11 +63,15 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        if answer := self._process.stdout.readline():
-            return json.loads(answer)
+        # What a library says when it is imported, before the worker can keep it off its standard output, is passed over.
+        while answer := self._process.stdout.readline():
+            with contextlib.suppress(ValueError):
+                return json.loads(answer)
         self._process.wait()
         self._errors.seek(0)
-        raise ContenderError(f"{self.name} ended with exit code {self._process.returncode}:\n{self._errors.read()[-3000:]}")
+        raise ContenderError(
+            f"{self.name} ended with exit code {self._process.returncode}:\n{self._errors.read()[-3000:]}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

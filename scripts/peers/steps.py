@@ -36,8 +36,9 @@ class Steps:
         params: dict,
         reward: tasks.Reward,
         make_actor: Callable[[dict], rollout.Actor],
+        make_timers: Callable[[], metrics.Timers] = metrics.Timers,
     ):
-        self._config, self._reward, self._actor = config, reward, make_actor
+        self._config, self._reward, self._actor, self._timers = config, reward, make_actor, make_timers
         optimizer, _ = learner.make_optimizer(config.learner, config.train.total_steps)
         self._update = learner.make_update(model_config, config, optimizer)
         self._reference = None
@@ -47,7 +48,7 @@ class Steps:
 
     def __call__(self, number: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Step `number` on these problems."""
-        timers = metrics.Timers()
+        timers = self._timers()
         actor = self._actor(learner.cast(self._state.params, self._config.model.dtype))
         exp = rollout.collect(actor, self._reward, rows, number, timers)
         with timers("score"):
@@ -101,7 +102,7 @@ def step(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
     return lambda number: run(number, rows)
 
 
-def recipe(spec: dict[str, Any]):
+def recipe(spec: dict[str, Any], make_timers: Callable[[], metrics.Timers] = metrics.Timers):
     """Steps of a file of configs/ with one preset, on its own model and problems.
 
     The learning rate is zero, so the policy stays what it is and steps differ by their problems alone.
@@ -118,7 +119,7 @@ def recipe(spec: dict[str, Any]):
     def actor(params: dict) -> rollout.Actor:
         return rollout.Actor(config, model_config, params, contexts)
 
-    run = Steps(config, model_config, params, tasks.resolve_reward(config.data.reward), actor)
+    run = Steps(config, model_config, params, tasks.resolve_reward(config.data.reward), actor, make_timers)
 
     def work(number: int) -> dict[str, Any]:
         indices = tasks.batch_indices(len(problems), config.rollout.queries, number, config.train.seed)

@@ -8,6 +8,7 @@ faster here; it logs, saves and evaluates nothing.
 import os
 import tempfile
 import time
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -33,7 +34,7 @@ def sampling(pipe: worker.Pipe, model: transformers.PreTrainedModel) -> None:
         eos_token_id=spec["end_ids"],
         disable_compile=True,
     )
-    rows = torch.tensor([ids for ids in worker.prompt_ids(spec) for _ in range(spec["samples"])])
+    rows: Any = torch.tensor([ids for ids in worker.prompt_ids(spec) for _ in range(spec["samples"])])
     ends = torch.tensor(spec["end_ids"])
 
     def work(_: int):
@@ -118,7 +119,7 @@ def step(pipe: worker.Pipe, model: transformers.PreTrainedModel, scratch: str) -
 def main() -> None:
     """Do what the first line of standard input says."""
     pipe = worker.Pipe()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.Qwen2ForCausalLM.from_pretrained(pipe.spec["directory"], dtype=torch.float32)
     if pipe.spec["work"] == "step":
         with tempfile.TemporaryDirectory() as scratch:

@@ -8,6 +8,7 @@ does not use them. The tokenizer is a dictionary, so next to no time goes into t
 import logging
 import time
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def load(spec, mesh) -> nnx.Module:
     return qwen2_params.create_model_from_safe_tensors(spec["directory"], config, mesh)
 
 
-def sampling(pipe: worker.Pipe, model: nnx.Module) -> None:
+def sampling(pipe: worker.Pipe, model: Any) -> None:
     """Batches of `rows` rows one after the other."""
     spec, c = pipe.spec, model.config
     size = spec["prompt_tokens"] + spec["new_tokens"]
@@ -102,7 +103,7 @@ def sampling(pipe: worker.Pipe, model: nnx.Module) -> None:
     worker.serve(pipe, PACKAGES, work)
 
 
-def step(pipe: worker.Pipe, model: nnx.Module, mesh) -> None:
+def step(pipe: worker.Pipe, model: Any, mesh) -> None:
     """One GRPO step after the other, each from the moment its trainer asks for prompts until it asks again."""
     spec, c = pipe.spec, model.config
     texts = [worker.prompt(p) for p in worker.problems(spec)]

@@ -70,7 +70,9 @@ def problems(spec: dict[str, Any]) -> list[str]:
     draw = random.Random(spec["seed"])
     size = spec["model"]["vocab_size"] - len(MARKS)
     # Id 0 pads where a peer has to have a padding id.
-    return [" ".join(str(draw.randrange(1, size)) for _ in range(spec["prompt_tokens"] - 2)) for _ in range(spec["prompts"])]
+    return [
+        " ".join(str(draw.randrange(1, size)) for _ in range(spec["prompt_tokens"] - 2)) for _ in range(spec["prompts"])
+    ]
 
 
 def prompt(problem: str) -> str:
