@@ -63,7 +63,7 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        # What a library says when it is imported, before the worker can keep it off its standard output, is passed over.
+        # What libraries say while they are imported, before a worker can keep it off standard output, is passed over.
         while answer := self._process.stdout.readline():
             with contextlib.suppress(ValueError):
                 return json.loads(answer)

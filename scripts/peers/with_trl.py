@@ -21,7 +21,7 @@ import worker
 PACKAGES = ("trl", "torch", "transformers")
 
 
-def sampling(pipe: worker.Pipe, model: transformers.PreTrainedModel) -> None:
+def sampling(pipe: worker.Pipe, model: Any) -> None:
     """Batches of `rows` rows one after the other."""
     spec = pipe.spec
     config = transformers.GenerationConfig(
@@ -34,12 +34,12 @@ def sampling(pipe: worker.Pipe, model: transformers.PreTrainedModel) -> None:
         eos_token_id=spec["end_ids"],
         disable_compile=True,
     )
-    rows: Any = torch.tensor([ids for ids in worker.prompt_ids(spec) for _ in range(spec["samples"])])
+    rows = torch.tensor([ids for ids in worker.prompt_ids(spec) for _ in range(spec["samples"])])
     ends = torch.tensor(spec["end_ids"])
 
     def work(_: int):
         tokens = 0
-        for batch in rows.split(spec["rows"]):
+        for batch in torch.split(rows, spec["rows"]):
             with torch.no_grad():
                 out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=config)
             ended = torch.isin(out[:, batch.shape[1] :], ends).int()
