@@ -19,9 +19,9 @@ from gcpo_jax import hardware, processes
 _compiled: list[float] = []  # seconds of each program that this process compiled or read from its cache
 
 
-def _note_compilation(event: str, seconds: float, **_: Any) -> None:
+def _note_compilation(event: str, duration_secs: float, **kwargs: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(seconds)
+        _compiled.append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)

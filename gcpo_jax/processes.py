@@ -214,5 +214,6 @@ def _leave(error: BaseException, expected: tuple, shell: subprocess.Popen) -> No
     sys.stderr.flush()
     # An error that all have is said by each before the first of them is missed.
     with contextlib.suppress(Exception):
-        coordination.global_state.client.wait_at_barrier("leave", _LEAVE_S * 1000)
+        client: Any = coordination.global_state.client
+        client.wait_at_barrier("leave", _LEAVE_S * 1000)
     os._exit(1)

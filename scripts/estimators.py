@@ -28,7 +28,7 @@ from gcpo_jax import learner, metrics, models, provenance, rollout, tasks, train
 # The gradient itself as the optimizer's state, parameters untouched.
 KEEP = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
 )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import worker
 
-from gcpo_jax import models
+from gcpo_jax import models, scorer
 
 
 def prefill(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
@@ -24,5 +24,45 @@ def prefill(spec: dict[str, Any], model_config: models.ModelConfig, params: dict
     return work
 
 
+def inputs(spec: dict[str, Any], vocab_size: int) -> tuple[jax.Array, ...]:
+    """Prompts, their lengths, completions and theirs: a prompt for its n completions (`together`), or for each."""
+    n, T = spec["samples"], spec["new_tokens"]
+    copies = 1 if spec["together"] else n
+    prompts = np.repeat(np.array(worker.prompt_ids(spec), np.int32), copies, axis=0)
+    rng = np.random.default_rng(0)
+    completions = rng.integers(1, vocab_size, (len(prompts) * n // copies, T)).astype(np.int32)
+    shape = (len(prompts), n // copies)
+    lengths = np.full(len(prompts), prompts.shape[1], np.int32), np.full(shape, T, np.int32)
+    return tuple(map(jnp.asarray, (prompts, lengths[0], completions.reshape(*shape, T), lengths[1])))
+
+
+def score(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
+    """Log-probabilities of the completions."""
+    arrays = inputs(spec, model_config.vocab_size)
+    run = jax.jit(lambda params: scorer.completion_logprobs(model_config, params, *arrays)[0])
+
+    def work(_: int) -> dict[str, Any]:
+        jax.block_until_ready(run(params))
+        return {"tokens": arrays[2].size}
+
+    return work
+
+
+def update(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
+    """Their gradient: what an update computes, full rematerialisation, without the optimizer."""
+    arrays = inputs(spec, model_config.vocab_size)
+
+    def loss(params):
+        return scorer.completion_logprobs(model_config, params, *arrays, 1.0, "full")[0].mean()
+
+    run = jax.jit(jax.grad(loss))
+
+    def work(_: int) -> dict[str, Any]:
+        jax.block_until_ready(run(params))
+        return {"tokens": arrays[2].size}
+
+    return work
+
+
 # Of a spec's "work": build(spec, model_config, params) -> work(number of the run).
-PARTS = {"prefill": prefill}
+PARTS = {"prefill": prefill, "score": score, "update": update}
