@@ -244,7 +244,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "step":
             sub.add_argument("--beta", type=float, default=0.0, help="weight of the KL to a reference; TRL's own is 0")
         if name == "shared":
-            sub.add_argument("--parts", nargs="+", default=["prefill"])
+            parts = ("prefill", "score", "update")
+            sub.add_argument("--parts", nargs="+", default=parts, choices=parts)
         if name == "gcpo":
             sub.add_argument("--cases", nargs="+", default=["paper", "tiny", "smollm2"])
             sub.add_argument("--smollm2", metavar="DIR", help="a model directory; without it that case is left out")
