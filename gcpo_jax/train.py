@@ -98,6 +98,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     def actor() -> rollout.Actor:
         return rollout.Actor(config, model_config, learner.cast(state.params, config.model.dtype), contexts)
 
+    decode = rollout.Actor(config, model_config, {}, contexts).decode
+
     def evaluation() -> dict[str, float]:
         rows = held_out[: config.evaluation.problems]
         result = held_out_lib.accuracy(actor(), reward, answer, rows, config.evaluation.samples)
@@ -151,7 +153,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                 with timers("eval"):
                     row |= evaluation()
                 row |= {"time/eval_s": timers.read()["time/eval_s"]}
-            log.write(row, summary.readable(exp, step + 1, config.train.log_groups, actor().decode))
+            log.write(row, summary.readable(exp, step + 1, config.train.log_groups, decode))
             if final or (step + 1) % config.checkpoint.every == 0:
                 save(step + 1)
             if not final and stopped(step + 1):

@@ -159,3 +159,12 @@ def test_a_run_that_compiles_at_every_step_is_told_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: each of the last 10 steps compiled programs") == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["time/compilations"] > 0 for row in rows] == [step != 5 for step in range(1, 31)]
+
+
+def test_a_completion_with_characters_that_end_lines_is_one_row_also_after_a_restart(tmp_path):
+    text = "a\u2028b\x85c\x0bd"
+    metrics.append(tmp_path / "completions.jsonl", {"step": 1, "completion": text})
+    metrics.append(tmp_path / "completions.jsonl", {"step": 2, "completion": text})
+    metrics.keep_until(tmp_path / "completions.jsonl", 1)
+    [line] = (tmp_path / "completions.jsonl").read_text().removesuffix("\n").split("\n")
+    assert json.loads(line) == {"step": 1, "completion": text}
