@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import contexts, estimate, hardware, models
+from gcpo_jax import contexts, estimate, hardware, models, sampler
 from gcpo_jax.batching import bucket
 from gcpo_jax.evaluation import forms, prompts, settings
 from gcpo_jax.evaluation.settings import EvalConfig
@@ -54,7 +54,7 @@ def seconds(config: EvalConfig, model: models.ModelConfig, part: Part, device: h
     T, width = config.sampling.max_new_tokens, bucket(part.width)
 
     def call(rows: int) -> Call:
-        return Call("sample", "sampler", rows, width, 1, T, T)
+        return Call("sample", "sampler", rows, width, 1, T, T, sampler.Call(rows, width, 1, rows, rows, (1, 0, 0)))
 
     free = (1 - HEADROOM) * device.memory - estimate.local_bytes(models.shapes(model), None)
     rows = min(config.sampling.max_rows, int(free // estimate.cache_bytes(model, call(1))))
