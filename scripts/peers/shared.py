@@ -48,7 +48,7 @@ def score(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
     return work
 
 
-def update(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
+def gradient(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
     """Their gradient: what an update computes, full rematerialisation, without the optimizer."""
     arrays = inputs(spec, model_config.vocab_size)
 
@@ -65,4 +65,4 @@ def update(spec: dict[str, Any], model_config: models.ModelConfig, params: dict)
 
 
 # Of a spec's "work": build(spec, model_config, params) -> work(number of the run).
-PARTS = {"prefill": prefill, "score": score, "update": update}
+PARTS = {"prefill": prefill, "score": score, "gradient": gradient}
