@@ -24,7 +24,7 @@ def prefill(spec: dict[str, Any], model_config: models.ModelConfig, params: dict
     return work
 
 
-def inputs(spec: dict[str, Any], vocab_size: int) -> tuple[jax.Array, ...]:
+def inputs(spec: dict[str, Any], vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Prompts, their lengths, completions and theirs: a prompt for its n completions (`together`), or for each."""
     n, T = spec["samples"], spec["new_tokens"]
     copies = 1 if spec["together"] else n
@@ -33,7 +33,8 @@ def inputs(spec: dict[str, Any], vocab_size: int) -> tuple[jax.Array, ...]:
     completions = rng.integers(1, vocab_size, (len(prompts) * n // copies, T)).astype(np.int32)
     shape = (len(prompts), n // copies)
     lengths = np.full(len(prompts), prompts.shape[1], np.int32), np.full(shape, T, np.int32)
-    return tuple(map(jnp.asarray, (prompts, lengths[0], completions.reshape(*shape, T), lengths[1])))
+    completions = completions.reshape(*shape, T)
+    return jnp.asarray(prompts), jnp.asarray(lengths[0]), jnp.asarray(completions), jnp.asarray(lengths[1])
 
 
 def score(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
@@ -53,7 +54,7 @@ def gradient(spec: dict[str, Any], model_config: models.ModelConfig, params: dic
     arrays = inputs(spec, model_config.vocab_size)
 
     def loss(params):
-        return scorer.completion_logprobs(model_config, params, *arrays, 1.0, "full")[0].mean()
+        return scorer.completion_logprobs(model_config, params, *arrays, remat="full")[0].mean()
 
     run = jax.jit(jax.grad(loss))
 
