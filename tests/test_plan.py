@@ -312,6 +312,9 @@ def test_every_recipe_of_the_page_fits_with_the_flags_that_stand_there(recipe, t
     planned = ("mesh.", "rollout.", "algorithm.", "learner.", "contexts.", "model.dtype", "model.remat")
     assert {k: v for k, v in settings.items() if k.startswith(planned)}.items() <= found["settings"].items()
     assert found["fits"] and found["headroom"] >= 0.08
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and all(
+        found[k] for k in ("command", "date", "machine", "jax")
+    )
     assert topology in ("", found["topology"]) and found["method"] == (
         "estimated" if "gpu" in found["topology"] else "compiled"
     )
