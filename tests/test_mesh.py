@@ -217,7 +217,8 @@ def test_over_data_and_tensor_the_update_sums_and_gathers_no_parameter():
 def test_decoding_moves_activations_and_no_parameters():
     config = model((2, 2, 2))
     ids, lengths = np.ones((8, 16), np.int32), np.full(8, 5, np.int32)
-    rows = partition.put_rows(config.layout, ids, lengths, np.arange(8, dtype=np.int32), lengths > 0)
+    numbers = np.arange(8, dtype=np.int32)
+    rows = partition.put_rows(config.layout, ids, lengths, numbers, lengths > 0, 0 * numbers)
     how = dict(
         n=2,
         together=2,
