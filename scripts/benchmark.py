@@ -204,7 +204,11 @@ def notes(rows: list[dict[str, Any]]) -> str:
 
     if "phases" in rows[0]:
         phases = [p for p in rows[0]["phases"] if all(p in row["phases"] for row in rows)]
-        medians = {p[5:-2]: median(lambda row, p=p: row["phases"][p]) for p in phases if p != "time/step_s"}
+        medians = {
+            p[5:-2]: median(lambda row, p=p: row["phases"][p])
+            for p in phases
+            if p.endswith("_s") and p != "time/step_s"
+        }
         said.append(", ".join(f"{phase} {value:.2f} s" for phase, value in medians.items()))
     if "of_peak" in rows[0]:
         said.append(f"{100 * median(lambda row: row['of_peak']):.0f} % of {rows[0]['peak']:.3g}/s")
