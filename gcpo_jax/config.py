@@ -54,7 +54,7 @@ class Rollout:
     temperature: float = 1.0  # the policy is softmax(logits / temperature) everywhere
     top_k: int = 0  # 0: off
     top_p: float = 1.0
-    max_rows: int = 512  # rows of one sampler or scorer call; memory, never results
+    max_rows: int = 512  # rows that the sampler or scorer has on the device at once; memory, never results
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -29,15 +29,15 @@ ASSUMPTIONS = (
     f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
     f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
     f"contexts are framed by {FRAME_TOKENS} tokens and {HEADING_TOKENS} more a candidate; the problem is the longest",
-    "a decoded token reads the device's parameters and its whole caches; a call decodes until its longest row ends",
+    "a decoded token reads the device's parameters and its whole caches; a call decodes until its last row ends",
     "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
     "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
-    "vocabulary tables with gradient + kept activations (remat full: L r S D b) + one layer's backward pass "
-    "(r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = caches + twice the prompt's keys and "
-    "values + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) + 4 x a token's logits; scorer temp = one layer + "
-    "logits"
+    "vocabulary tables with gradient + kept activations (remat full: L r S D b; S = P + n T where rows share P) "
+    "+ one layer's backward pass (r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = keys and "
+    "values of lanes and of waiting prompts + results + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) "
+    "+ 4 x a token's logits; scorer temp = one layer + logits"
 )
 
 

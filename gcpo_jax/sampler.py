@@ -44,7 +44,7 @@ def generate(
       temperature: 0 is greedy; the log-probabilities are then those at temperature 1.
       eos_ids: a completion ends with the first of these; the id is part of it.
       seed: a completion depends on (seed, index of its prompt, index of the sample) and on nothing beside it.
-      max_rows: rows of one device call.
+      max_rows: rows that run at once; memory, never results.
 
     Returns:
       For each prompt, n pairs (tokens, log-probability of each token).

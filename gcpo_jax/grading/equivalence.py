@@ -64,7 +64,7 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
     for token in re.finditer(r"\\[{}]|\\[lr]angle|[()\[\]{}]", text):
         depth += 1 if token[0] in ("(", "[", "{", r"\{", r"\langle") else -1
         if depth == 0:
-            return found.groups() if token.end() == len(text) else None  # type: ignore[return-value]
+            return (found[1], found[2], found[3]) if token.end() == len(text) else None
     return None
 
 

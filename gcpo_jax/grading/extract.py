@@ -150,7 +150,8 @@ def _contradicted(tail: str, content: str) -> bool:
     if claim and (number := _NUMBER.search(tail[claim.end() : claim.end() + 40])):
         # "The answer is $\frac{1}{2}$" after \boxed{0.5} says the same; only numbers that differ contradict.
         return bool(re.fullmatch(r"[-\d.,$ ]+", content)) and not _alike(number[0], content)
-    return bool(_RETRACTION.search(sentence) and _NUMBER.search(sentence[_RETRACTION.search(sentence).end() :]))  # type: ignore
+    retraction = _RETRACTION.search(sentence)
+    return bool(retraction and _NUMBER.search(sentence[retraction.end() :]))
 
 
 def _alike(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 LARGEST = 16 << 20  # bytes of one message
 SHIPPED_MODULES = ("math", "cmath", "operator", "_operator", "string")
-DATES: dict[str, type] = {kind.__name__: kind for kind in (datetime.datetime, datetime.date, datetime.time)}
+DATES: dict[str, Any] = {kind.__name__: kind for kind in (datetime.datetime, datetime.date, datetime.time)}
 
 
 def frame(message: dict[str, Any]) -> bytes:
@@ -133,7 +133,7 @@ def decode(x: Any, resolve: Callable[[Any], Any]) -> Any:
         case "F":
             return fractions.Fraction(*[decode(y, resolve) for y in v])
         case "T":
-            return DATES[v[0]].fromisoformat(v[1])  # type: ignore[attr-defined]
+            return DATES[v[0]].fromisoformat(v[1])
         case "E":
             return datetime.timedelta(*v)
     return resolve(x)
