@@ -81,8 +81,8 @@ def evaluate(config: EvalConfig, workdir: pathlib.Path, report: Callable[[str], 
         left = [b for b in batches if not all(key in stored for key in b.keys(samples))]
         done = [b for b in batches if b not in left]
         for batch in done:  # of a kill between sampling and grading
-            if ungraded := [stored[key] for key in batch.keys(samples) if key not in graded]:
-                _grade(config, workdir, batch.benchmark, builder.style, ungraded)
+            if any(key not in graded for key in batch.keys(samples)):
+                _grade(config, workdir, batch.benchmark, builder.style, [stored[key] for key in batch.keys(samples)])
         if left:
             report(f"{len(batches) - len(left)} of {len(batches)} batches are there; {workdir} keeps them")
             _, params = models.load_pretrained(config.model.path, config.model.dtype, layout.mesh if layout else None)
@@ -189,10 +189,10 @@ def _grade(
 def graded(
     config: EvalConfig, benchmark: benchmarks.Benchmark, style: str, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The lines of grades.jsonl for lines of completions.jsonl."""
-    problems = [benchmark.rows[row["problem"]] for row in rows]
-    texts = [row["completion"] for row in rows]
-    judged = grades.grade(benchmark, problems, texts, style, config.reward, config.unsafe)
+    """The lines of grades.jsonl for lines of completions.jsonl, which hold all samples of each of their problems."""
+    rows = sorted(rows, key=store.key)  # the first spelling of an answer names it
+    places, texts = [row["problem"] for row in rows], [row["completion"] for row in rows]
+    judged = grades.grade(benchmark, places, texts, style, config.reward, config.unsafe)
     return [
         {"benchmark": row["benchmark"], "problem": row["problem"], "sample": row["sample"]} | grade
         for row, grade in zip(rows, judged, strict=True)

@@ -91,7 +91,7 @@ def test_only_a_base_models_next_problem_is_cut_off():
     text = "So it is \\boxed{2}.\n\nProblem: What is 3 plus 4?\n\nAttempt:\n\\boxed{7}"
     assert prompts.ended(text, "answer", "base") == "So it is \\boxed{2}."
     assert prompts.ended(text, "answer", "chat") == text and prompts.ended(text, "mbpp", "base") == text
-    right = grades.grade(benchmark("answer", SUM), [SUM], [text], "base", "tasks.math.reward", False)
+    right = grades.grade(benchmark("answer", SUM), [0], [text], "base", "tasks.math.reward", False)
     assert right == [{"correct": True, "answer": "2", "reason": None}]
 
 
@@ -101,11 +101,11 @@ def test_programs_are_judged_from_chat_and_from_raw_continuations():
     chat = "Sure:\n```python\ndef f(x):\n    return 2 * x\n```"
     raw = "    return x + x\n\n\ndef h():\n    return broken("
     given = [chat, raw, "    return x\n", ""]
-    judged = grades.grade(benchmark("humaneval", FUNCTION), [FUNCTION] * 4, given, "base", "", False)
+    judged = grades.grade(benchmark("humaneval", FUNCTION), [0] * 4, given, "base", "", False)
     assert [g["correct"] for g in judged] == [True, True, False, False]
     assert judged[2]["reason"] == "failed" and judged[0]["answer"] is None
     given = ["def g(x):\n    return 2 * x", "```python\ndef g(x):\n    return 2\n```"]
-    judged = grades.grade(benchmark("mbpp", TASK), [TASK] * 2, given, "chat", "", False)
+    judged = grades.grade(benchmark("mbpp", TASK), [0] * 2, given, "chat", "", False)
     assert [g["correct"] for g in judged] == [True, False]
 
 

@@ -1,5 +1,5 @@
-r"""Grading mathematics: `grade`, `grade_all`, `answer` (what majority votes compare) and `reward`. Never raises, never
-hangs.
+r"""Grading mathematics: `grade`, `grade_all`, `answer`, `votes` (what majority votes compare) and `reward`. Never
+raises, never hangs.
 
 How: extract.py finds the final answer, notation.py spells it one way, equivalence.py compares structures and reads
 scalars with expressions.py (exact rationals, else values at fixed points). What that cannot settle goes to
@@ -26,9 +26,12 @@ What is decided where graders differ (the reward must not be gamed: a doubtful a
   case.
 """
 
+import itertools
 import json
+import logging
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from gcpo_jax.grading import equivalence, extract
 from gcpo_jax.grading.notation import compact, tidy
@@ -37,9 +40,18 @@ from gcpo_jax.grading.workers import Pool
 from gcpo_jax.tasks.rewards import batched
 
 _POOL = Pool()
+_LOG = logging.getLogger(__name__)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _ESCAPED = re.compile(r"\\[{}]")
 MAX_COMPLETION = 4_000_000
+MAX_HARD_VOTES = 40  # pairs of one problem's answers that may go to the workers; the others stay apart
+
+
+class Verdict(NamedTuple):
+    """Whether an answer is right; the reason where it counts as wrong because it could not be graded."""
+
+    correct: bool
+    reason: str | None = None
 
 
 def answer(completion: str) -> str | None:
@@ -63,7 +75,9 @@ def _gold(gold: str) -> str:
     return (_found(gold) or gold) if r"\boxed" in gold else gold
 
 
-def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequence[bool] | None = None) -> list[bool]:
+def judge_all(
+    completions: Sequence[str], golds: Sequence[str], percent: Sequence[bool] | None = None
+) -> list[Verdict]:
     """Whether each completion's final answer is its gold, in order; hard cases run in parallel.
 
     Args:
@@ -75,7 +89,7 @@ def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequenc
       ValueError: where the lengths differ.
     """
     flags = percent if percent is not None else [False] * len(golds)
-    verdicts: list[bool] = []
+    verdicts: list[Verdict] = []
     hard: dict[str, list[int]] = {}
     for k, (completion, gold, flag) in enumerate(zip(completions, golds, flags, strict=True)):
         found, gold = _found(completion), _gold(gold)
@@ -89,17 +103,73 @@ def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequenc
                 hard.setdefault(json.dumps([gold, found, bool(flag)]), []).append(k)
             except (ArithmeticError, ValueError, RecursionError):
                 pass  # a hostile answer is a wrong one
-        verdicts.append(verdict)
-    if hard:
-        for rows, verdict in zip(hard.values(), _POOL.map([json.loads(q) for q in hard], False), strict=True):
-            for k in rows:
-                verdicts[k] = verdict is True
+        verdicts.append(Verdict(verdict))
+    for rows, reply in zip(hard.values(), _POOL.map([json.loads(q) for q in hard]), strict=True):
+        for k in rows:
+            verdicts[k] = Verdict(reply) if isinstance(reply, bool) else Verdict(False, reply)
+    if reasons := [v.reason for v in verdicts if v.reason]:
+        counts = ", ".join(f"{reason}: {reasons.count(reason)}" for reason in sorted(set(reasons)))
+        _LOG.warning("%d of %d answers could not be graded and count as wrong (%s)", len(reasons), len(golds), counts)
     return verdicts
+
+
+def grade_all(completions: Sequence[str], golds: Sequence[str], percent: Sequence[bool] | None = None) -> list[bool]:
+    """`judge_all` without the reasons."""
+    return [verdict.correct for verdict in judge_all(completions, golds, percent)]
 
 
 def grade(completion: str, gold: str, percent: bool = False) -> bool:
     """Whether the completion's final answer is the gold; see `grade_all`."""
     return grade_all([completion], [gold], [percent])[0]
+
+
+def votes(groups: Sequence[Sequence[str]], rows: Sequence[dict]) -> list[list[str | None]]:
+    """What majority votes compare, for the completions of each problem: the answer, as the first of them spells it
+    that the grader holds equal in both directions; None where there is none.
+
+    Args:
+      groups: completions by problem.
+      rows: the problems.
+    """
+    found = [[_found(text) for text in texts] for texts in groups]
+    spelled = [[answer(text) for text in texts] for texts in groups]
+    texts_of: list[dict[str, str]] = [{} for _ in groups]  # of each spelling, as it was first written
+    same: set[tuple[int, str, str]] = set()
+    hard: list[tuple[int, str, str]] = []
+    for k, (group, row) in enumerate(zip(spelled, rows, strict=True)):
+        for spelling, text in zip(group, found[k], strict=True):
+            if spelling is not None and text is not None:
+                texts_of[k].setdefault(spelling, text)
+        percent, asked = asks_percentage(row), 0
+        for a, b in itertools.combinations(texts_of[k], 2):
+            verdict = _interchangeable(texts_of[k][a], texts_of[k][b], percent)
+            if verdict:
+                same.add((k, a, b))
+            elif verdict is None and asked < MAX_HARD_VOTES:
+                hard.append((k, a, b))
+                asked += 1
+    questions = [
+        [texts_of[k][x], texts_of[k][y], asks_percentage(rows[k])] for k, a, b in hard for x, y in ((a, b), (b, a))
+    ]
+    replies = _POOL.map(questions)
+    same |= {pair for n, pair in enumerate(hard) if replies[2 * n] is True and replies[2 * n + 1] is True}
+    result: list[list[str | None]] = []
+    for k, group in enumerate(spelled):
+        first: dict[str, str] = {}  # the class of each spelling, by the spelling that began it
+        for spelling in texts_of[k]:
+            first[spelling] = next((f for f in first.values() if (k, f, spelling) in same), spelling)
+        result.append([None if spelling is None else first[spelling] for spelling in group])
+    return result
+
+
+def _interchangeable(one: str, other: str, percent: bool) -> bool | None:
+    """Whether each answer is right where the other is the gold; None where only a worker could tell."""
+    try:
+        return equivalence.equal(one, other, percent=percent) and equivalence.equal(other, one, percent=percent)
+    except Undecided:
+        return None
+    except (ArithmeticError, ValueError, RecursionError):
+        return False
 
 
 def rewards(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> list[float]:
