@@ -29,7 +29,7 @@ _NEGATION = re.compile(
 _RETRACTION = re.compile(
     r"\b(?:wait|actually|scratch that|correction|that(?:'s| is) (?:wrong|incorrect|not right)"
     r"|is (?:wrong|incorrect)|or maybe|or perhaps"
-    r"|on second thought|alternatively)\b",
+    r"|on second thought|alternatively|i (?:first )?thought|at first|initially|mistake\w*|corrected answer)\b",
     re.IGNORECASE,
 )
 _CONNECTIVE = re.compile(
@@ -38,7 +38,7 @@ _CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
-    r"-?\s?(?:\\\$|\$)?-?(?:\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+/\d+|\d*\.\d+|\d+)(?:\s*(?:\\%|%))?"
+    r"-?\s?(?:\\\$|\$)?-?(?:\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+/\d+|\d*\.\d+|\d+)(?:\s*(?:\\%|%|percent\b))?"
 )
 # A number with its unit, or a word or three without one.
 _BRIEF = re.compile(r"[-$\d.,/]+%?(?:\s+[A-Za-z]+){0,3}\.?|[A-Za-z]+(?:\s+[A-Za-z]+){0,2}\.?")
@@ -48,6 +48,15 @@ _CLAUSE = re.compile(
     r"|!(?=\s|$)(?<=[a-z]!)"
 )
 _CHOICE = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-H])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)")
+
+
+_LEAD = re.compile(r"[\s*_:#]*(?:(?:the|my|our|so|thus|therefore|hence|final)[\s,*]*)*", re.IGNORECASE)
+# What only says the answer again, in decimals.
+_ASIDE = re.compile(
+    r"[,\s(]*(?:\b(?:which is|or|that is|i\.e\.)\s*)?(?:\b(?:about|approximately|roughly)|≈)\s*"
+    r"[$\\(]*[\d.,]+\s*(?:\\?%|percent)?[$\\)]*[.\s)]*$"
+)
+_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*[\s.!]*$")
 
 
 def _spoken(completion: str) -> str | None:
@@ -116,6 +125,8 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
         )
         if not (joined or short or (claims and "\n\n" not in gap)):
             break
+        if _RETRACTION.search(_sentence_before(text, earlier[0]) + gap):
+            break
         group.insert(0, earlier)
     first, last = group[0], group[-1]
     if _HEDGE.search(_sentence_before(text, first[0])) or _NEGATION.search(text[max(0, last[0] - 30) : last[0]]):
@@ -171,6 +182,10 @@ def _alike(one: str, other: str) -> bool:
 def _stated(text: str) -> tuple[bool, str | None]:
     """(whether the text states an answer in words, that answer)."""
     found = list(_PHRASE.finditer(text))
+    # "Final answer: The answer is 5" says it once.
+    found = [
+        p for p, q in itertools.zip_longest(found, found[1:]) if not q or not _LEAD.fullmatch(text, p.end(), q.start())
+    ]
     if not found:
         return False, None
     answers = [_content(text, phrase.end()) for phrase in found[-4:]]
@@ -251,6 +266,12 @@ def extract(completion: str) -> str | None:
     choice = _CHOICE.search(last)
     if choice and not _left_open(last):
         return choice[1]
+    bare = _ASIDE.sub("", text)
+    if _NUMBER.search(bare.rsplit("\n", 1)[-1]):
+        text, last = bare, bare.rsplit("\n", 1)[-1].strip()
+    bold = _BOLD.search(text)
+    if bold and not _left_open(last) and (_only_math(bold[1]) or _BRIEF.fullmatch(bold[1].strip())):
+        return bold[1].strip()
     inner = list(_MATH.finditer(text[-MAX_CONTENT:]))
     if inner and re.fullmatch(r"[\s.*!,]*", text[-MAX_CONTENT:][inner[-1].end() :]):
         return None if _left_open(last) else _last_math(inner)
@@ -259,7 +280,14 @@ def extract(completion: str) -> str | None:
     if len(last) <= 80 and (_only_math(last) or _BRIEF.fullmatch(last)):
         return last
     numbers = list(_NUMBER.finditer(text))
-    return _signed(text, numbers[-1]) if numbers else None
+    if not numbers or re.search(r"\bbetween\s+\S+\s+and\W*$", text[: numbers[-1].start()]):
+        return None
+    start = max(0, len(text) - MAX_CONTENT)
+    for found in inner:  # a number inside a formula stands for the formula
+        if start + found.start() <= numbers[-1].start() and numbers[-1].end() <= start + found.end():
+            content = _last_math([found])
+            return content if _only_math(content) else None
+    return _signed(text, numbers[-1])
 
 
 def _left_open(sentence: str) -> bool:

@@ -19,6 +19,7 @@ _UNICODE = {
     "Δ": r"\Delta ", "Ω": r"\Omega ", "ρ": r"\rho ", "δ": r"\delta ", "∣": "|", "〈": r"\langle ", "〉": r"\rangle ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",", "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'",
     "£": r"\pounds ", "€": r"\euro ",
+    "¢": " cents ",
 }  # fmt: skip
 # What a careless reader of backslashes has made of LaTeX: a form feed for \\f, a tab for \\t, a bell for \\b.
 _ESCAPES = {"\x0crac": r"\frac", "\text": r"\text", "\times": r"\times", "\x08oxed": r"\boxed"}
