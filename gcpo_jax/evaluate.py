@@ -274,6 +274,19 @@ def define() -> None:
         kind(name, None, f"the same as --config.{name}")
 
 
+def refuse_overrides(overrides: dict[str, Any]) -> None:
+    """Nothing where no more is set than the model.path that names a default directory.
+
+    Raises:
+      ConfigError: for a setting that --regrade would not look at.
+    """
+    if unused := sorted(overrides.keys() - {"model.path"}):
+        raise config_lib.ConfigError(
+            f"--regrade takes the settings of the work directory: --config.{unused[0]} has no place beside it; only "
+            f"{', '.join('--' + name for name in settings.SHORT)} may be given"
+        )
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -288,6 +301,8 @@ def main(argv: list[str]) -> None:
             print(budget.describe(config))
         else:
             cache_compilations()
+            if flags.FLAGS.regrade:
+                refuse_overrides(config_flags.get_override_values(flags.FLAGS["config"]))
             lines = regrade(workdir, given) if flags.FLAGS.regrade else evaluate(config, workdir)
             print(f"{table.render(lines)}\n\n{table.costs(lines)}")
     except EXPECTED as error:

@@ -95,6 +95,15 @@ def test_only_a_base_models_next_problem_is_cut_off():
     assert right == [{"correct": True, "answer": "2", "reason": None}]
 
 
+def test_votes_are_of_one_problem_and_name_an_answer_by_its_first_spelling():
+    asked = benchmark("answer", SUM | {"answer": "0.5"}, SUM | {"problem": "How many?", "answer": "3"})
+    texts = [f"\\boxed{{{t}}}" for t in ("1/2", "0.5", r"\frac12", "0.5", "3")]
+    judged = grades.grade(asked, [0, 1, 0, 0, 1], texts, "chat", "tasks.math.reward", False)
+    assert [(g["correct"], g["answer"]) for g in judged] == [
+        (True, "1/2"), (False, "0.5"), (True, "1/2"), (True, "1/2"), (True, "3")
+    ]  # fmt: skip
+
+
 def test_programs_are_judged_from_chat_and_from_raw_continuations():
     if missing := code.available():
         pytest.skip(f"no sandbox here: {missing}")

@@ -42,16 +42,18 @@ def grade(
             verdicts += code.run_all(programs[at : at + _AT_A_TIME], code.TIMEOUT_S, unsafe=unsafe)
         return [{"correct": v.passed, "answer": None, "reason": v.reason} for v in verdicts]
     function = tasks.resolve_reward(reward)
-    if function is math.reward:  # it says why
-        verdicts = math.judge_all(texts, [r["answer"] for r in rows], [math.asks_percentage(r) for r in rows])
-    else:
-        scores = tasks.score(function, [row["problem"] for row in rows], texts, rows)
-        verdicts = [math.Verdict(bool(score >= 1)) for score in scores]
+    if function is not math.reward:
+        scores, answer = (
+            tasks.score(function, [row["problem"] for row in rows], texts, rows),
+            tasks.resolve_answer(reward),
+        )
+        return [
+            {"correct": bool(s >= 1), "answer": answer(t), "reason": None} for s, t in zip(scores, texts, strict=True)
+        ]
+    verdicts = math.judge_all(texts, [row["answer"] for row in rows], [math.asks_percentage(row) for row in rows])
     groups: dict[int, list[int]] = {}
     for k, place in enumerate(places):
         groups.setdefault(place, []).append(k)
-    voted = tasks.resolve_votes(reward)(
-        [[texts[k] for k in group] for group in groups.values()], [benchmark.rows[place] for place in groups]
-    )
+    voted = math.votes([[texts[k] for k in group] for group in groups.values()], [benchmark.rows[p] for p in groups])
     answers = {k: a for group, of in zip(groups.values(), voted, strict=True) for k, a in zip(group, of, strict=True)}
     return [{"correct": v.correct, "answer": answers[k], "reason": v.reason} for k, v in enumerate(verdicts)]

@@ -25,7 +25,7 @@ def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: boo
     """
     if max(len(gold), len(answer)) > MAX_ANSWER:
         return gold.strip() == answer.strip()
-    g, a = (tidy(quantities.spell_letters(t)) for t in (gold, answer))
+    g, a = (quantities.add_up(tidy(quantities.spell_letters(t))) for t in (gold, answer))
     if not g or not a:
         return False
     if compact(g) == compact(a):
@@ -101,6 +101,8 @@ def _same(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
         if any(len(set(one)) > 1 and all(one) and not any(other) for one, other in (labels, labels[::-1])):
             return _ordered(gold.parts, answer.parts, symbolic)
         return _unordered(gold.parts, answer.parts, symbolic)
+    if answer.kind == "list" and gold.kind in ("leaf", "equation"):
+        return all(_same(gold, part, symbolic) for part in answer.parts)  # "1/2 or 0.5" is one answer
     if "set" in kinds and set(kinds) & {"leaf", "equation"}:
         gold, answer = (v.parts[0] if v.kind == "set" and len(v.parts) == 1 else v for v in (gold, answer))
         return gold.kind != "set" and answer.kind != "set" and _same(gold, answer, symbolic)
@@ -204,7 +206,7 @@ def _letters(text: str) -> str:
     return " ".join(str(_NUMBER_WORDS.get(w, w)) for w in words if w not in ("a", "an", "the"))
 
 
-_PROSE = re.compile(r"(?<![\\A-Za-z_{])[A-Za-z]{3,}|(?<![\\A-Za-z_{])[A-Z]{2}(?![A-Za-z])")
+_PROSE = re.compile(r"(?<![\\A-Za-z_{])[A-Za-z]{3,}|(?<![\\A-Za-z_{(/])[A-Z]{2}(?![A-Za-z)])")
 
 
 def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:

@@ -29,7 +29,7 @@ _NEGATION = re.compile(
 _RETRACTION = re.compile(
     r"\b(?:wait|actually|scratch that|correction|that(?:'s| is) (?:wrong|incorrect|not right)"
     r"|is (?:wrong|incorrect)|or maybe|or perhaps"
-    r"|on second thought|alternatively|i (?:first )?thought|at first|initially|mistake\w*|corrected answer)\b",
+    r"|on second thought|alternatively|i (?:first )?thought|at first|initial(?:ly)?|mistake\w*|corrected answer)\b",
     re.IGNORECASE,
 )
 _CONNECTIVE = re.compile(
@@ -44,8 +44,8 @@ _NUMBER = re.compile(
 _BRIEF = re.compile(r"[-$\d.,/]+%?(?:\s+[A-Za-z]+){0,3}\.?|[A-Za-z]+(?:\s+[A-Za-z]+){0,2}\.?")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _CLAUSE = re.compile(
-    r"(?<=[^.])\.(?=\s|$|\*|\$|\")|\n|(?:,|;)?\s+(?:because|since|as\s|which|so\s|where|when|given|thus|therefore|for\s|after|if\s)|,\s+not\s"
-    r"|!(?=\s|$)(?<=[a-z]!)"
+    r"(?<=[^.])\.(?=\s|$|\*|\$|\")|\n|!(?=\s|$)(?<=[a-z]!)|,\s+not\s|(?:,|;)?\s+(?:because|since|as\s|which|so\s|where|when"
+    r"|given|thus|therefore|for\s|after|if\s|(?:or )?equivalently|that is|i\.e\.|or about|or approximately)"
 )
 _CHOICE = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-H])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)")
 
@@ -154,7 +154,9 @@ def _contradicted(tail: str, content: str) -> bool:
     if other:
         offered = _NUMBER.search(other[1])
         return offered is None or not _alike(offered[0], content)
-    sentence = re.split(r"\n\s*\n", tail)[0]
+    sentence, *others = re.split(r"\n\s*\n", tail)
+    if others and _RETRACTION.match(others[0].lstrip("* ")):
+        sentence += "\n" + others[0]
     if _HEDGE.search(re.split(r"\.\s|\n", sentence)[0]):
         return True
     claim = _PHRASE.search(tail)
@@ -190,6 +192,8 @@ def _stated(text: str) -> tuple[bool, str | None]:
         return False, None
     answers = [_content(text, phrase.end()) for phrase in found[-4:]]
     start = text.rfind("\n\n", 0, found[-1].start())
+    for retraction in _RETRACTION.finditer(text, max(0, start), found[-1].start()):
+        start = retraction.start()
     same = [a for phrase, a in zip(found[-4:], answers, strict=True) if phrase.start() > start and a is not None]
     if _HEDGE.search(_sentence_before(text, found[-1].start())):
         return True, None
@@ -207,13 +211,13 @@ def _content(text: str, start: int) -> str | None:
     whole = rest.split("\n")[0].strip()
     if _HEDGE.search(whole) or re.match(r"(?:not|n't)\b", whole):
         return None
-    clause = _CLAUSE.split(whole)[0].strip().strip("*_ ").strip()
+    clause = re.sub(r"\*\*[!.\s]*$", "", _CLAUSE.split(whole)[0].strip()).strip("*_ ").strip()
     clause = re.sub(r"^([-$\d./,]+)\s+of\s.*", r"\1", clause)
     clause = re.sub(
         r"^(?:option|choice|that|equal to|simply|just|therefore|thus|indeed)\s+", "", clause, flags=re.IGNORECASE
     )
     after = whole[len(clause) :]
-    if re.match(r"[\s.$*]*\bor\b", after):
+    if re.match(r"[\s.$*]*\bor\b(?! equivalently| about| approximately)", after):
         return None
     if not clause:
         return None
@@ -228,7 +232,7 @@ def _content(text: str, start: int) -> str | None:
 
 def _only_math(clause: str) -> bool:
     return not re.search(
-        r"(?<![\\A-Za-z])(?:[a-z]{3,}|(?:it|is|so|to|we|of|be|by|at)\b)",
+        r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{3,}|(?:it|is|so|to|we|of|be|by|at)\b)",
         re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause),
     )
 

@@ -77,6 +77,24 @@ def multiply_out(text: str) -> str:
     )
 
 
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?(?:\s*,)?(?:\s*and)?\s*(?=\d|$)")
+
+
+def add_up(text: str) -> str:
+    """1 hour 50 minutes, or 5 feet and 4 inches, in the last of their units; any other text as it is."""
+    parts = _PART.findall(text)
+    if len(parts) < 2 or _PART.sub("", text).strip():
+        return text
+    known = [_TABLE.get(_NAMES.get(word) or _NAMES.get(word.lower().removesuffix("s"), "")) for _, word in parts]
+    if any(unit is None for unit in known):
+        return text
+    dimensions, sizes = {unit[0] for unit in known if unit}, [unit[1] for unit in known if unit]
+    if len(dimensions) > 1 or sizes != sorted(set(sizes), reverse=True):
+        return text
+    total = sum(Fraction(number) * size for (number, _), size in zip(parts, sizes, strict=True)) / sizes[-1]
+    return f"{total} {parts[-1][1]}"
+
+
 def _canonical(words: str) -> Unit | Literal[False]:
     """The unit that words name, None for a unit that says nothing ("units"), False where they are no unit."""
     power, found = 1, set()

@@ -64,6 +64,7 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Value:
     """The structure of a tidy answer."""
+    text = re.sub(rf"\s*\(\s*{_WHOLE.pattern}\s*\)\s*$", "", text)
     text = r"\cup".join(_REVERSED.sub(_upright, piece) for piece in text.split(r"\cup"))
     text = _SYNONYMS.get(re.sub(r"[\s.]", "", text).lower() if "\\R" not in text else text.strip(), text)
     pieces = [p for p in _split(text, _SEPARATOR) if p]
@@ -119,6 +120,12 @@ def _one(text: str) -> Value:
     matrix = re.fullmatch(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
     if not matrix and (wrapped := re.fullmatch(r"[(\[]\s*(\\begin\{(?:array|matrix)\}.*)[)\]]", text, re.DOTALL)):
         return _one(wrapped[1])
+    scaled = re.fullmatch(r"([^&\x02]+?)\s*(?:\\cdot\s*)?(\\begin\{([bp]?matrix)\}.*\\end\{\3\})", text, re.DOTALL)
+    if scaled and not matrix and tree_of(scaled[1]) is not None:
+        inner = _one(scaled[2])
+        if inner.kind == "matrix" and all(v.kind == "leaf" for row in inner.parts for v in row):
+            rows = [tuple(Value("leaf", mark=rf"({scaled[1]})\cdot ({v.mark})") for v in row) for row in inner.parts]
+            return Value("matrix", tuple(rows))
     if matrix:
         rows = [r for r in matrix[2].split("\x02") if r.strip()]
         return Value("matrix", tuple(tuple(_one(c.strip()) for c in r.split("&")) for r in rows))

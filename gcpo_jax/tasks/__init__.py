@@ -4,7 +4,7 @@ arithmetic.py, math.py and code.py."""
 from gcpo_jax.tasks.beside import Grading
 from gcpo_jax.tasks.jsonl import DataError, Row
 from gcpo_jax.tasks.load import Problems, Task, batch_indices, build, fingerprint
-from gcpo_jax.tasks.rewards import Reward, RewardError, batched, resolve_answer, resolve_reward, resolve_votes, score
+from gcpo_jax.tasks.rewards import Reward, RewardError, batched, resolve_answer, resolve_reward, score
 
 __all__ = [
     "DataError",
@@ -20,6 +20,5 @@ __all__ = [
     "fingerprint",
     "resolve_answer",
     "resolve_reward",
-    "resolve_votes",
     "score",
 ]

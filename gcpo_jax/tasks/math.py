@@ -8,22 +8,25 @@ math-verify in worker processes that may be killed (workers.py). No text is eval
 What is decided where graders differ (the reward must not be gamed: a doubtful answer is wrong):
 
 * No answer, unfinished thinking or an unfinished box, two different answers in the final statement, "12 or 13" for
-  12, "either", "maybe": wrong. Boxes of earlier steps do not count. Two boxes joined by "and" are a list.
+  12, "either", "maybe": wrong; an answer said in two ways (1/2 or 0.5) is one. Boxes of earlier steps do not count, nor
+  what is taken back ("Wait", "I first thought"). Two boxes joined by "and" are a list.
 * Units and degrees may be left out on either side; where both name one it must be the same or convert exactly (5 m =
-  500 cm, $0.50 = 50 cents; 5 cm is not 5 m). Any noun counts as a unit, not a word that changes the number ("12 or
-  more", "5 million").
+  500 cm, $0.50 = 50 cents, 1 hour 50 minutes = 110; 5 cm is not 5 m, nor Celsius Fahrenheit). Any noun counts as a
+  unit, not a word that changes the number ("12 or more", "5 million").
 * 50% is 0.5 and is not 50, unless the problem asks for a percentage (`percent`; `reward` sees that in
   row["problem"]).
 * 0.5 = 1/2; 0.33 is not 1/3, nor 1.414 the root of 2. A gold of >= 3 digits in decimals that is no binary fraction is
   taken as rounded: an answer with more digits that rounds to it is right. A gold in scientific notation (4.5e33): an
-  answer that agrees to the digits of the coarser one, and within 1 %. Integers are exact, at any size.
+  answer that agrees to the digits of the coarser one, and within 1 %. Integers are exact, at any size. Beside an exact
+  value its rounding does not count, unless it is none.
 * (1,2) is not [1,2], nor (2,1). {1,2} = {2,1}, and lists "1, 2", "1 and 2" in any order; a list is not a tuple. 1,000
-  is a thousand, "1, 000" a list, (1,000) a pair. \pm makes two values. Inequalities are intervals of their variable.
+  is a thousand, "1, 000" a list, (1,000) a pair. \pm makes two values. Inequalities are intervals of their variable,
+  and so are two of them joined by "and"; ]0,1[ is (0,1).
 * x = 5 may stand for 5 and y = 2x+3 for 2x+3, never for y = 5; implicit equations may differ by a factor.
 * A base may not be left out unless it is ten: 101_2 is not 101. 1/2\pi is read from the left, (1/2)\pi. 1\frac{3}{4}
   is a mixed number.
-* Ratios 2:4 = 1:2; clock times are times. Text ignores case, articles and punctuation; single letters do not ignore
-  case.
+* Ratios 2:4 = 1:2; clock times are times, 4:51 p.m. 16:51. Text ignores case, articles and punctuation; single letters
+  do not ignore case.
 """
 
 import itertools
@@ -75,9 +78,7 @@ def _gold(gold: str) -> str:
     return (_found(gold) or gold) if r"\boxed" in gold else gold
 
 
-def judge_all(
-    completions: Sequence[str], golds: Sequence[str], percent: Sequence[bool] | None = None
-) -> list[Verdict]:
+def judge_all(completions: Sequence[str], golds: Sequence[str], percent: Sequence[bool] | None = None) -> list[Verdict]:
     """Whether each completion's final answer is its gold, in order; hard cases run in parallel.
 
     Args:

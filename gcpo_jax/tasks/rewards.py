@@ -110,18 +110,6 @@ def resolve_answer(path: str) -> Answer:
     return answer
 
 
-def resolve_votes(path: str) -> Callable[[Sequence[Sequence[str]], Sequence[dict[str, Any]]], list[list[str | None]]]:
-    """The function `votes(completions of each problem, rows)` beside a reward: for each completion the text that stands
-    for its answer in a vote. Without one it is `answer`'s, compared as it is spelled.
-    """
-    module, _ = _resolve(path)
-    found = getattr(module, "votes", None)
-    if callable(found):
-        return found
-    answer = resolve_answer(path)
-    return lambda groups, rows: [[answer(text) for text in texts] for texts in groups]
-
-
 def score(
     reward: Reward, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict[str, Any]]
 ) -> np.ndarray:
