@@ -176,7 +176,7 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
         return len(names) == len(others) == 1 and proportional(gold.parts, answer.parts)
     chain, value = (gold, answer) if gold.kind == "equation" else (answer, gold)
     *names, last = chain.parts
-    asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) for n in names)
+    asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) or _constant(n) for n in names)
     worked = chain is answer and _constant(last)  # x = -b/2a = 3: how the value came about
     steps = [n for k, n in enumerate(names) if not (k and worked)]
     if not asked and (not all(_LABEL.fullmatch(n) or _constant(n) for n in steps) or _PROSE.search(last)):

@@ -56,6 +56,7 @@ _ASIDE = re.compile(
     r"[,\s(]*(?:\b(?:which is|or|that is|i\.e\.)\s*)?(?:\b(?:about|approximately|roughly)|≈)\s*"
     r"[$\\(]*[\d.,]+\s*(?:\\?%|percent)?[$\\)]*[.\s)]*$"
 )
+_BOUND = re.compile(r"\b(?:between\s+\S+\s+and|(?:greater|larger|more|less|smaller|fewer)\s+than)\W*$", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*[\s.!]*$")
 
 
@@ -284,14 +285,18 @@ def extract(completion: str) -> str | None:
     if len(last) <= 80 and (_only_math(last) or _BRIEF.fullmatch(last)):
         return last
     numbers = list(_NUMBER.finditer(text))
-    if not numbers or re.search(r"\bbetween\s+\S+\s+and\W*$", text[: numbers[-1].start()]):
+    if not numbers:
+        return None
+    before, end = text[: numbers[-1].start()], numbers[-1].end()
+    if _BOUND.search(before[-60:]) or _NEGATION.search(before[-60:]):
         return None
     start = max(0, len(text) - MAX_CONTENT)
     for found in inner:  # a number inside a formula stands for the formula
-        if start + found.start() <= numbers[-1].start() and numbers[-1].end() <= start + found.end():
+        if start + found.start() < end <= start + found.end():
             content = _last_math([found])
             return content if _only_math(content) else None
-    return _signed(text, numbers[-1])
+    whole = (text[max(0, end - 80) : end].split()[-1:] + [""])[0] + re.split(r"\s", text[end : end + 80])[0]
+    return whole.rstrip(".,;:!*") if re.search("[π√^]", whole) else _signed(text, numbers[-1])
 
 
 def _left_open(sentence: str) -> bool:

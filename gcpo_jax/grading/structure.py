@@ -168,6 +168,9 @@ def _relation(text: str) -> Value | None:
         ends = (sides[0], sides[2])
     elif len(sides) == 3 and all(s in high for s in signs):
         ends, signs = (sides[2], sides[0]), signs[::-1]
+    elif len(sides) == 2 and signs[0] in low and (size := re.fullmatch(r"\|\s*([A-Za-z])\s*\|", sides[0])):
+        brackets = "()" if signs[0] == "<" else "[]"
+        return Value("tuple", tuple(read(f"{sign}({sides[1]})") for sign in ("-", "")), brackets + size[1])
     elif len(sides) == 2 and signs[0] in low + high:
         name = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\))?")
         below = (signs[0] in low) == bool(name.fullmatch(sides[0]))
