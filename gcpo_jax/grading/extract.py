@@ -187,7 +187,9 @@ def _stated(text: str) -> tuple[bool, str | None]:
     found = list(_PHRASE.finditer(text))
     # "Final answer: The answer is 5" says it once.
     found = [
-        p for p, q in itertools.zip_longest(found, found[1:]) if not q or not _LEAD.fullmatch(text, p.end(), q.start())
+        p
+        for p, q in itertools.zip_longest(found, found[1:])
+        if not q or q.start() - p.end() > 40 or not _LEAD.fullmatch(text, p.end(), q.start())
     ]
     if not found:
         return False, None
@@ -271,7 +273,7 @@ def extract(completion: str) -> str | None:
     choice = _CHOICE.search(last)
     if choice and not _left_open(last):
         return choice[1]
-    bare = _ASIDE.sub("", text)
+    bare = text[:-200] + _ASIDE.sub("", text[-200:])
     if _NUMBER.search(bare.rsplit("\n", 1)[-1]):
         text, last = bare, bare.rsplit("\n", 1)[-1].strip()
     bold = _BOLD.search(text)

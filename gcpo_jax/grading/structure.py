@@ -65,7 +65,7 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 def read(text: str) -> Value:
     """The structure of a tidy answer."""
     text = re.sub(rf"\s*\(\s*{_WHOLE.pattern}\s*\)\s*$", "", text)
-    text = r"\cup".join(_REVERSED.sub(_upright, piece) for piece in text.split(r"\cup"))
+    text = r"\cup".join(map(_upright, text.split(r"\cup")))
     text = _SYNONYMS.get(re.sub(r"[\s.]", "", text).lower() if "\\R" not in text else text.strip(), text)
     pieces = [p for p in _split(text, _SEPARATOR) if p]
     pieces = [p for p in pieces if not _WHOLE.fullmatch(p)] or pieces
@@ -82,8 +82,11 @@ def read(text: str) -> Value:
 _REVERSED = re.compile(r"\s*([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])\s*")
 
 
-def _upright(found: re.Match) -> str:
+def _upright(text: str) -> str:
     """An open end as ]0,1[ has it, in round brackets."""
+    found = _REVERSED.fullmatch(text)
+    if not found:
+        return text
     return ("(" if found[1] == "]" else "[") + found[2] + (")" if found[3] == "[" else "]")
 
 
