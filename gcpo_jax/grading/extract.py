@@ -297,7 +297,7 @@ def extract(completion: str) -> str | None:
         if start + found.start() < end <= start + found.end():
             content = _last_math([found])
             return content if _only_math(content) else None
-    whole = (text[max(0, end - 80) : end].split()[-1:] + [""])[0] + re.split(r"\s", text[end : end + 80])[0]
+    whole = text[max(0, end - 80) : end].split()[-1] + re.split(r"\s", text[end : end + 80])[0]
     return whole.rstrip(".,;:!*") if re.search("[π√^]", whole) else _signed(text, numbers[-1])
 
 
