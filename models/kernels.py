@@ -167,9 +167,9 @@ def _splash(q, k, v, seen: Bool[Array, "R S"] | None = None):
     Args:
       seen: which of the keys count; every query needs one. None: all.
     """
-    # Here, so that nothing else depends on an experimental module.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    # Here, so that only who uses it depends on an experimental module, and waits 0.1 s for it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # noqa: PLC0415
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks  # noqa: PLC0415
 
     R, Q, K, G, A = q.shape
     S = k.shape[1]

@@ -64,48 +64,46 @@ def shared(c, lengths, P=140, n=2, T=20):
     same(lambda c, *x: kernels.shared(c, *x, jnp.array(lengths)), c, arrays, True)
 
 
-@pytest.mark.parametrize("A", [64, 128])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_causal_attention_of_padded_rows_is_the_plain_one_with_its_gradients(kernel, A):
-    causal(model(kernel, A=A), [150, 70])
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("heads", [(1, 3), (3, 1)], ids=["one key head", "no groups"])
-def test_other_groupings_of_heads_too(kernel, heads):
-    causal(model(kernel, *heads), [150])
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_attention_to_a_shared_prompt_is_the_plain_one_with_its_gradients(kernel):
-    shared(model(kernel, A=64), [140, 5])
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_blocks_that_do_not_divide_the_length_are_filled_up(kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 128)
-    causal(model(kernel), [150, 149])
-    shared(model(kernel), [128, 140], T=130)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("sizes", "K"), [((1, 2, 2), 2), ((2, 1, 4), 2)], ids=["heads cut", "heads copied"])
-def test_on_a_mesh_each_device_has_its_rows_and_heads(kernel, sizes, K):
-    mesh = partition.make_mesh(config_lib.Mesh(**dict(zip(partition.MESH_AXES, sizes, strict=True))))
-    c = model(kernel, K, 2)
-    c = dataclasses.replace(c, layout=partition.make_layout(mesh, c))
-    causal(c, [150, 70, 3, 149])
-    shared(c, [140, 5])
+def cases(*quick, slow=()):
+    """Interpreted, splash attention takes long to compile: what one case of it shows is shown by that case alone."""
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "remat"),
-    [
-        ("splash", "full"),
-        *(pytest.param("splash", r, marks=pytest.mark.slow) for r in ("none", "dots")),
-        *(pytest.param("cudnn", r, marks=pytest.mark.slow) for r in ("none", "dots", "full")),
-    ],
+    ("kernel", "A", "heads"),
+    cases(
+        ("splash", 64, (2, 2)),
+        ("cudnn", 64, (2, 2)),
+        slow=[(k, A, h) for k in KERNELS for A, h in ((128, (2, 2)), (8, (1, 3)), (8, (3, 1)))],
+    ),
 )
+def test_causal_attention_of_padded_rows_is_the_plain_one_with_its_gradients(kernel, A, heads):
+    causal(model(kernel, *heads, A), [150, 70])
+
+
+@pytest.mark.parametrize(("kernel", "T"), cases(("splash", 20), ("cudnn", 20), slow=[("splash", 130)]))
+def test_attention_to_a_shared_prompt_is_the_plain_one_with_its_gradients(kernel, T, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 128)  # divides neither the prompt's length nor the row's
+    shared(model(kernel, A=128), [140, 5], T=T)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "function"),
+    cases(
+        ("splash", (2, 1, 4), causal),
+        ("cudnn", (2, 1, 4), shared),
+        slow=[("splash", (1, 2, 2), causal), ("splash", (2, 1, 4), shared), ("cudnn", (1, 2, 2), causal)],
+    ),
+)
+def test_on_a_mesh_each_device_has_its_rows_and_heads(kernel, sizes, function):
+    c = model(kernel)  # four heads with two of keys, which a mesh of four holds whole and one of two cuts
+    mesh = partition.make_mesh(config_lib.Mesh(**dict(zip(partition.MESH_AXES, sizes, strict=True))))
+    function(dataclasses.replace(c, layout=partition.make_layout(mesh, c)), [140, 5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_a_model_learns_the_same_with_a_kernel(kernel, remat):
     c = model(kernel)
     params = models.init_params(c)
