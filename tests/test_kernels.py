@@ -120,7 +120,7 @@ def test_a_model_learns_the_same_with_a_kernel(kernel, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", cases("cudnn", slow=[("splash",)]))
 def test_prefill_with_a_kernel_gives_the_decoder_the_same_hidden_states_and_cache(kernel):
     c = model(kernel)
     params, tokens = models.init_params(c), jax.random.randint(jax.random.key(0), (2, 9), 0, 11)
