@@ -74,9 +74,9 @@ def cases(*quick, slow=()):
 @pytest.mark.parametrize(
     ("kernel", "A", "heads"),
     cases(
-        ("splash", 64, (2, 2)),
         ("cudnn", 64, (2, 2)),
-        slow=[(k, A, h) for k in KERNELS for A, h in ((128, (2, 2)), (8, (1, 3)), (8, (3, 1)))],
+        slow=[("splash", 64, (2, 2))]
+        + [(k, A, h) for k in KERNELS for A, h in ((128, (2, 2)), (8, (1, 3)), (8, (3, 1)))],
     ),
 )
 def test_causal_attention_of_padded_rows_is_the_plain_one_with_its_gradients(kernel, A, heads):
