@@ -23,7 +23,7 @@ def prefill(
     """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return causal_attention(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
     cache = constrain(model_config, cache, "prompt_cache")

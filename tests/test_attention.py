@@ -25,7 +25,7 @@ def value_and_gradients(block, q, k, v, g):
     """Of attention in blocks of that size; 0: of the whole."""
 
     def attend(q, k, v):
-        return in_blocks(q, k, v, None, block)[0] if block else causal_attention(q, k, v, jnp.full(2, q.shape[1]))
+        return in_blocks(q, k, v, None, block)[0] if block else causal_attention(q, k, v)
 
     value, pull = jax.vjp(attend, q, k, v)
     return value, *pull(g)
