@@ -124,6 +124,7 @@ def sample(
             top_k=int(top_k),
             top_p=float(top_p),
             eos_ids=tuple(int(e) for e in eos_ids),
+            apart=layout is None and jax.default_backend() == "cpu",
         )
         running.append((rows, out))
     for rows, out in running:
