@@ -38,13 +38,18 @@ def product(x, kernel):
     return jnp.einsum("...d,df->...f", x, kernel)
 
 
+def _product_kept(x, kernel):
+    # The bare product, so that a policy of what to keep sees it.
+    return jnp.einsum("...d,df->...f", x, kernel), (x, kernel)
+
+
 def _product_backward(kept, g):
     x, kernel = kept
     rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     return jnp.einsum("...f,df->...d", g, kernel), jnp.einsum("rd,rf->df", *rows)
 
 
-product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+product.defvjp(_product_kept, _product_backward)
 
 
 class RMSNorm(nnx.Module):
