@@ -30,8 +30,8 @@ class Lanes(NamedTuple):
     uniforms: jax.Array  # [B, m, T] ring
     tokens: jax.Array  # [B, m, T] ring
     logprobs: jax.Array  # [B, m, T] ring
-    prompt: Any  # models.Cache, [L, B, K, P, A], or by layer
-    own: Any  # models.Cache, [L, B, m, K, T, A], ring, or by layer
+    prompt: models.Caches  # [L, B, K, P, A]
+    own: models.Caches  # [L, B, m, K, T, A] ring
 
 
 class Queue(NamedTuple):

@@ -15,6 +15,7 @@ from gcpo_jax.models.config import ModelConfig
 from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers, run_shared
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
+Caches = Cache | tuple[Cache, ...]  # of layers stacked, or by layer
 
 
 def prefill(
@@ -81,9 +82,9 @@ def decode_step(
     column: Int[Array, ""],
     age: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    prompt_cache: Cache,
-    own_cache: Cache,
-) -> tuple[Float[Array, "B n D"], Cache]:
+    prompt_cache: Caches,
+    own_cache: Caches,
+) -> tuple[Float[Array, "B n D"], Caches]:
     """Feed each row's latest token, which is its generated token number `age` (from 0).
 
     Args:
