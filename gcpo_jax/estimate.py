@@ -140,7 +140,7 @@ class Part:
 def _computed(call: Call) -> tuple[int, Part]:
     """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
     if call.slots is None:
-        return call.rows, Part(call.width, call.n if call.tokens else 0, call.tokens)
+        return call.rows, Part(call.width, call.n if call.tokens else 0, call.rest + call.tokens)
     alike, common, own = call.slots.beginnings
     return call.slots.computed // alike, Part(common, alike, own) if alike > 1 else Part(call.width)
 

@@ -182,7 +182,9 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
 
     phi_rest = np.zeros((M, T), np.float32)
     if others:
-        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T)
+        # With shared sampling the contexts of a target differ in the integrated output at their end alone.
+        alike = len(others) // len(targets) if actor.config.algorithm.sampling == "shared" else 1
+        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike)
         np.add.at(
             phi_rest,
             [m for m, _ in others],
