@@ -57,7 +57,7 @@ def ending_logprobs(
 ) -> Float[Array, "B n T"]:
     """log π of the end of what follows a prompt: of a row's `lengths` tokens from column `starts` on; T = width.
 
-    So prompts that only begin alike share what they have in common, `rows` being what is left of each, and a completion.
+    So prompts that only begin alike share what they have in common; `rows` are what is left of each and a completion.
     """
     hidden = models.encode_shared(model_config, params, prompts, prompt_lengths, rows)
     columns = jnp.minimum(starts[..., None] + jnp.arange(width)[None, None], rows.shape[2] - 1)

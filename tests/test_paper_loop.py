@@ -82,7 +82,7 @@ def test_the_causal_factor_is_the_same(both):
 
 
 def test_the_projected_reference_is_the_same_at_every_token(both):
-    (exp, batch, _, _, details), found = both
+    (_, batch, _, _, details), found = both
     mask = batch.mask[batch.kl.row[:9]] > 0
     assert batch.kl.row[:9].tolist() == list(range(9))
     for name in ("p_q", "p_x", "p_phi", "projected"):

@@ -88,7 +88,7 @@ def configured(spec: dict[str, Any]) -> config_lib.Config:
 
 
 def step(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
-    """Steps as `configured`. With `flat` every other group has equal rewards. `integrated_tokens` cuts outputs short."""
+    """Steps as `configured`; with `flat` half the groups have equal rewards, `integrated_tokens` cuts outputs short."""
     config, ends = configured(spec), frozenset(model_config.eos_ids)
     contexts = ContextBuilder(read_tokenizer(spec["directory"]), config.contexts, config.data.prompt, ends)
     rows = [{"id": str(k), "problem": problem, "flat": k % 2} for k, problem in enumerate(worker.problems(spec))]
