@@ -5,7 +5,7 @@
     python scripts/benchmark.py ragged --tunix=PYTHON --trl=PYTHON       256 completions of unequal length, 32 at a time
     python scripts/benchmark.py shared                                   what n samples of a long prompt share
     python scripts/benchmark.py gcpo --smollm2=DIR --data TRAIN HELD     steps of gcpo against steps of grpo
-    python scripts/benchmark.py paper                                    steps of gcpo_paper against its contexts one by one
+    python scripts/benchmark.py paper                                    steps of gcpo_paper against a loop
     python scripts/benchmark.py startup                                  the command until its first update
     python scripts/benchmark.py roofline                                 against the device's bandwidth and matrix peak
 
