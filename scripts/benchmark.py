@@ -268,7 +268,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument("--data", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="of scripts/word_problems.py")
         if name == "paper":
             sub.add_argument("--shape", choices=list(MODELS), default="small")
-            sub.add_argument("--tokens", type=int, default=64, help="of candidates, integrated outputs and roll-outs")
+            sub.add_argument("--tokens", type=int, default=48, help="of candidates, integrated outputs and roll-outs")
         if name == "startup":
             sub.add_argument("--variant", default="gcpo")
         if name == "roofline":
