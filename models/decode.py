@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gcpo_jax.models.attention import causal_attention
+from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
 from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers, run_shared
 
@@ -24,7 +24,7 @@ def prefill(
     """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
 
     def attend(q, k, v):
-        return causal_attention(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return kernels.causal(model_config, q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
     cache = constrain(model_config, cache, "prompt_cache")

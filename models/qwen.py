@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
-from gcpo_jax.models.attention import causal_attention, shared_attention
+from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -234,11 +234,12 @@ def encode(
     """Hidden states after the final norm; those at or beyond a row's length mean nothing.
 
     Args:
+      lengths: of the rows, for who reads the call: causal attention never looks at the padding behind a row.
       remat: what a backward pass computes again: "none" | "dots" (all but products with parameters) | "full".
     """
 
     def attend(q, k, v):
-        return causal_attention(q, k, v), None
+        return kernels.causal(model_config, q, k, v), None
 
     return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
 
@@ -259,8 +260,8 @@ def run_shared(c: ModelConfig, params: Params, prompts, lengths, completions, re
 
     def attend(q, k, v):
         (q, own_q), (k, own_k), (v, own_v) = map(parts, (q, k, v))
-        heads = shared_attention(own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
-        heads = jnp.concatenate([causal_attention(q, k, v), heads], axis=1)
+        heads = kernels.shared(c, own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
+        heads = jnp.concatenate([kernels.causal(c, q, k, v), heads], axis=1)
         cache = (k.swapaxes(1, 2), v.swapaxes(1, 2)), (own_k.swapaxes(2, 3), own_v.swapaxes(2, 3))
         return heads, cache if keep_cache else None
 

@@ -70,7 +70,7 @@ def main() -> None:
         work = roofline.PARTS[spec["work"]](spec)
     else:
         model_config, params = models.load_pretrained(pathlib.Path(spec["directory"]))
-        model_config = dataclasses.replace(model_config, eos_ids=tuple(spec["end_ids"]))
+        model_config = models.for_devices(dataclasses.replace(model_config, eos_ids=tuple(spec["end_ids"])))
         builders = {"sampling": sampling, "step": steps.step, "loop": paper.loop} | shared.PARTS
         work = builders[spec["work"]](spec, model_config, params)
 

@@ -115,6 +115,7 @@ def recipe(spec: dict[str, Any], make_timers: Callable[[], metrics.Timers] = met
     change(config, spec)
     config_lib.check_paths(config)
     model_config = models.read_config(config.model.path, config.model.dtype)
+    model_config = models.for_devices(model_config, config.model.attention)
     contexts = train.make_contexts(config, model_config)
     problems, _ = train.within_limit(config, contexts, tasks.build(config.data).train, model_config.vocab_size)
     _, params = models.load_pretrained(config.model.path, "float32")
