@@ -39,7 +39,7 @@ def common(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all of the rows begin with, leaving each at least one; none of a single row."""
     if len(rows) == 1:
         return 0
-    low, high = min(rows), max(rows)  # in the order of words: where these two agree, so do all between them
+    low, high = min(map(tuple, rows)), max(map(tuple, rows))  # as words: where these agree, so do all between them
     shortest = min(map(len, rows)) - 1
     return next((k for k in range(shortest) if low[k] != high[k]), shortest)
 
