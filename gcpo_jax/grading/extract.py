@@ -295,7 +295,8 @@ def extract(completion: str) -> str | None:
         if start + found.start() < end <= start + found.end():
             content = _last_math([found])
             return content if _only_math(content) else None
-    whole = (text[max(0, end - 80) : end].split()[-1:] + [""])[0] + re.split(r"\s", text[end : end + 80])[0]
+    before = text[max(0, end - 80) : end].split()
+    whole = (before[-1] if before else "") + re.split(r"\s", text[end : end + 80])[0]
     return whole.rstrip(".,;:!*") if re.search("[π√^]", whole) else _signed(text, numbers[-1])
 
 
