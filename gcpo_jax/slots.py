@@ -262,6 +262,9 @@ def run(
         return models.by_layer(stacked) if apart else stacked
 
     b, D, layers = shards * B, c.hidden_size, {**params, "layers": as_used(params["layers"])}
+    own = as_used(models.init_cache(c, b, m, T))
+    if apart and m == 1:
+        own = jax.tree.map(lambda x: x[:, 0], own)
     state = (
         jnp.int32(0),
         Results(
@@ -278,7 +281,7 @@ def run(
             tokens=zeros(b, m, T, dtype=jnp.int32),
             logprobs=zeros(b, m, T),
             prompt=as_used(prompt_cache(b)),
-            own=as_used(models.init_cache(c, b, m, T)),
+            own=own,
         ),
         Queue(
             prompts=prompts,

@@ -91,7 +91,8 @@ def decode_step(
       column: of the caches, where this step's keys and values go; the step before wrote the column before, modulo T.
       age: below T. Columns that are more than `age` steps old are not this prompt's and count for nothing.
       lengths: of the prompts; the tokens stand at position lengths + age.
-      params, prompt_cache, own_cache: layers stacked, or all of them by_layer.
+      params, prompt_cache, own_cache: layers stacked; or all of them by_layer, and own_cache then without n where it is
+        1: with that axis XLA on a CPU writes twice, for the product and for the next step, into copies.
 
     Returns:
       Hidden states after the final norm, and own_cache with the tokens' keys and values written in place.
@@ -100,7 +101,7 @@ def decode_step(
     B, n = tokens.shape
     apart = isinstance(params["layers"], tuple)
     P, T = (
-        (prompt_cache[0][0].shape[2], own_cache[0][1].shape[3])
+        (prompt_cache[0][0].shape[2], own_cache[0][1].shape[-2])
         if apart
         else (prompt_cache[0].shape[3], own_cache[1].shape[4])
     )
@@ -117,14 +118,17 @@ def decode_step(
             (own_k, own_v), kept = store(k[..., None], v[..., None, :])
             scale = c.head_dim**-0.5
             on_prompt = jnp.einsum("bnkga,bkpa->bnkgp", q, prompt_k, preferred_element_type=jnp.float32)
-            on_own = jnp.einsum("bnkga,bnkat->bnkgt", q, own_k, preferred_element_type=jnp.float32)
+            own_q = q.reshape(*own_k.shape[:-3], *q.shape[2:])
+            on_own = jnp.einsum("...kga,...kat->...kgt", own_q, own_k, preferred_element_type=jnp.float32)
+            on_own = on_own.reshape(*q.shape[:-1], T)
             on_prompt, on_own = jnp.where(in_prompt, on_prompt * scale, -1e30), jnp.where(in_own, on_own * scale, -1e30)
             # One softmax over both parts, divided out at the end: putting them side by side would copy them.
             top = jnp.maximum(on_prompt.max(-1, keepdims=True), on_own.max(-1, keepdims=True))
             on_prompt, on_own = jnp.exp(on_prompt - top), jnp.exp(on_own - top)
             total = on_prompt.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True)
             heads = jnp.einsum("bnkgp,bkpa->bnkga", on_prompt.astype(v.dtype), prompt_v)
-            heads = heads + jnp.einsum("bnkgt,bnkta->bnkga", on_own.astype(v.dtype), own_v)
+            on_own = on_own.astype(v.dtype).reshape(*own_q.shape[:-1], T)
+            heads = heads + jnp.einsum("...kgt,...kta->...kga", on_own, own_v).reshape(q.shape)
             heads = (heads.astype(jnp.float32) / total).astype(v.dtype)
             return constrain(c, heads, "step_queries"), kept
 
@@ -154,8 +158,9 @@ def decode_step(
         for layer_params, prompt, own in zip(params["layers"], prompt_cache, own_cache, strict=True):
 
             def store(k, v, own=own):
-                keys = jax.lax.dynamic_update_slice_in_dim(own[0], k, column, axis=4)
-                new = keys, jax.lax.dynamic_update_slice_in_dim(own[1], v, column, axis=3)
+                k, v = k.reshape(*own[0].shape[:-1], 1), v.reshape(*own[1].shape[:-2], 1, c.head_dim)
+                keys = jax.lax.dynamic_update_slice_in_dim(own[0], k, column, axis=-1)
+                new = keys, jax.lax.dynamic_update_slice_in_dim(own[1], v, column, axis=-2)
                 return new, new
 
             x, new = layer(x, layer_params, *prompt, store)
