@@ -4,6 +4,7 @@ On a CPU Pallas interprets splash attention, and XLA stands in for cuDNN behind 
 """
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from gcpo_jax import config as config_lib
-from gcpo_jax import models, partition
+from gcpo_jax import hardware, models, partition
 from gcpo_jax.config import ConfigError
 from gcpo_jax.models import kernels
 
@@ -176,3 +177,28 @@ def test_the_devices_of_the_mesh_say_what_the_platform_is():
     assert models.for_devices(model("splash")).attention == "plain"  # the CPU's
     with pytest.raises(ConfigError, match="needs a TPU"):
         models.for_devices(model("plain"), "splash")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=["one device", "mesh"])
+def test_the_tpu_compiler_takes_splash_attention_and_holds_no_square(sizes, monkeypatch):
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with gcpo_jax[tpu]")
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    devices, _ = hardware.compile_devices(hardware.parse("v5e:2x2"))
+    mesh = partition.make_mesh(config_lib.Mesh(**dict(zip(partition.MESH_AXES, sizes, strict=True))), devices)
+    c = dataclasses.replace(model("plain", A=64), dtype="bfloat16")
+    c = models.for_devices(c, "auto", partition.make_layout(mesh, c))
+    assert c.attention == "splash"
+    params, rows = models.shapes(c), c.layout.sharding("rows")
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, c.layout.shardings(params)
+    )
+    tokens = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((2, 640), (2,), (2, 2, 3456)))
+
+    def loss(params, prompts, lengths, completions):
+        return jnp.sum(models.encode_shared(c, params, prompts, lengths, completions, "full").astype(jnp.float32))
+
+    hlo = jax.jit(jax.grad(loss)).lower(params, *tokens).compile().as_text()
+    # Forward, again in the backward pass, and twice there, of prompts and of completions.
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 8
+    sizes_of = [[int(n) for n in found.split(",")] for found in re.findall(r"\w\[([\d,]+)\]", hlo)]
+    assert not [s for s in sizes_of if sum(n >= 640 for n in s) > 1]
