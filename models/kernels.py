@@ -107,26 +107,25 @@ def shared(
 
 def _on_mesh(c: ModelConfig, kernel: Callable, q, *others):
     """kernel(q, ...) of each device's rows and heads; compilers do not cut a kernel by themselves."""
-    if c.layout is None:
+    layout, shape, heads = c.layout, q.shape, "kv_heads"
+    if layout is None:
         return kernel(q, *others)
-    heads = "kv_heads"
-    shape = q.shape
-    if "kv_heads" in c.layout.whole:
+    if "kv_heads" in layout.whole:
         # Key/value heads that the mesh does not divide: each query head gets a copy of its own, and those are cut.
         heads, G = "heads", q.shape[-2]
         q = q.reshape(*shape[:-3], -1, 1, shape[-1])
         others = [jnp.repeat(x, G, axis=-2) if x.ndim > 1 else x for x in others]
 
     def spec(x, heads_at):
-        names = [None] * x.ndim
+        names: list[str | None] = [None] * x.ndim
         names[0] = "rows"
         if x.ndim > 1:
             names[heads_at] = heads
-        return c.layout.spec(names)
+        return layout.spec(names)
 
     specs = spec(q, -3), *(spec(x, -2) for x in others)
     # Unchecked: the check wants kernels to declare over what their results vary, which these do not.
-    cut = jax.shard_map(kernel, mesh=c.layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    cut = jax.shard_map(kernel, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return cut(q, *others).reshape(shape)
 
 
@@ -187,7 +186,7 @@ def _splash(q, k, v, seen: Bool[Array, "R S"] | None = None):
     if seen is not None:
         segments = splash.SegmentIds(jnp.ones(q.shape[:2], jnp.int32), _padded(seen.astype(jnp.int32), keys))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    heads = jax.vmap(kernel, (0, 0, 0, None if seen is None else 0))(q, k, v, segments)
+    heads: Any = jax.vmap(kernel, (0, 0, 0, None if seen is None else 0))(q, k, v, segments)
     return heads.swapaxes(1, 2)[:, :Q].reshape(R, Q, K, G, A)
 
 
