@@ -125,10 +125,10 @@ def score(
 
     Args:
       alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
+        Where some have no first token in common, each is computed by itself.
 
     Raises:
-      ValueError: for an empty prompt, a completion of more than `width` tokens, a temperature of 0, or prompts that
-        should begin alike and do not.
+      ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r}: must be above 0; greedy sampling reports temperature 1")
@@ -205,9 +205,8 @@ def _entries(prompts: Sequence[Sequence[int]], limit: int, alike: int) -> tuple[
         n = largest_share(alike, limit)
         parts = [list(range(k, k + n)) for k in range(0, len(prompts), n)]
         entries = [Entry(rows, common([prompts[r] for r in rows])) for rows in parts]
-        if not all(e.shared for e in entries):
-            raise ValueError(f"alike={alike!r}: some of these prompts have no first token in common")
-        return entries, n
+        if all(e.shared for e in entries):
+            return entries, n
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for r, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(r)
