@@ -124,7 +124,8 @@ def score(
     """log π(completion | prompt) token by token, [R, width] float32, 0 beyond each completion.
 
     Args:
-      alike: every so many prompts may begin alike: where all of these groups do, what they share is computed once.
+      alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
+        Where some have no first token in common, each is computed by itself.
 
     Raises:
       ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.

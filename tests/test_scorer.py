@@ -211,7 +211,8 @@ def test_prompts_that_begin_alike_share_that_and_score_as_each_by_itself(params,
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_prompts_that_were_said_to_begin_alike_and_do_not_score_as_each_by_itself(params):
-    rows = [[1, 2], [2, 2]], [[1], [1]]
-    together = scorer.score(CONFIG, params, *rows, width=2, alike=2)
-    np.testing.assert_allclose(together, scorer.score(CONFIG, params, *rows, width=2), atol=1e-5)
+def test_prompts_that_should_begin_alike_and_do_not_score_as_each_by_itself(params, monkeypatch):
+    prompts, completions = [[1, 2], [1, 3], [1, 2], [2, 2]], [[1], [2, 3], [4], [5]]
+    alone = scorer.score(CONFIG, params, prompts, completions, width=T)
+    monkeypatch.setattr(scorer, "_ending_logprobs", None)
+    np.testing.assert_array_equal(scorer.score(CONFIG, params, prompts, completions, width=T, alike=2), alone)
