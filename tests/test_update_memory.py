@@ -49,4 +49,6 @@ def test_memory_grows_linearly_from_4k_to_16k_tokens(preset):
 def test_no_array_of_all_tokens_logits_is_in_the_program(preset):
     shapes = re.findall(r"\w+\[([\d,]+)\]", compiled(preset, 16 * 1024).as_text())
     sizes = [tuple(map(int, dims.split(","))) for dims in shapes]
-    assert max(math.prod(s) for s in sizes if V in s) == scorer.TOKENS_PER_CHUNK * V
+    largest = max(math.prod(s) for s in sizes if V in s)
+    # Chunks are of equal size, so somewhat smaller than they may be.
+    assert scorer.TOKENS_PER_CHUNK * V / 2 < largest <= scorer.TOKENS_PER_CHUNK * V
