@@ -33,7 +33,7 @@ ASSUMPTIONS = (
     "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
-    "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
+    "update temp = gradients (2 x float32) + parameters in the compute dtype + two gathered layers and "
     "vocabulary tables with gradient + kept activations (remat full: L r S D b; S = P + n T where rows share P) "
     "+ one layer's backward pass (r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = keys and "
     "values of lanes and of waiting prompts + results + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) "
@@ -142,7 +142,7 @@ class Part:
 def _computed(call: Call, attention: str) -> tuple[int, Part]:
     """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
     if call.slots is None:
-        return call.rows, Part(call.width, call.n if call.tokens else 0, call.tokens, attention)
+        return call.rows, Part(call.width, call.n if call.tokens else 0, call.rest + call.tokens, attention)
     alike, common, own = call.slots.beginnings
     part = Part(common, alike, own, attention) if alike > 1 else Part(call.width, attention=attention)
     return call.slots.computed // alike, part
@@ -225,9 +225,8 @@ class Estimator:
         here = resident(self.config, self.model)
         state = here["parameters"] + here["optimizer"]
         widest = max(self._activations(-(-rows // self.row_shards), part) for _, rows, part in self._parts(batch))
-        copies = 2 if batch.kl is None else 3
         cast = here["parameters"] * self._b // 4 if self._b < 4 else 0
-        temp = copies * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
+        temp = 2 * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
         data = sum(x.nbytes for x in jax.tree.leaves(batch)) // self.row_shards
         details = batch.mask.nbytes // self.row_shards * (1 if batch.kl is None else 5)
         return Bytes(state + data, details, temp)

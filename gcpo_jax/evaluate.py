@@ -81,8 +81,8 @@ def evaluate(config: EvalConfig, workdir: pathlib.Path, report: Callable[[str], 
         left = [b for b in batches if not all(key in stored for key in b.keys(samples))]
         done = [b for b in batches if b not in left]
         for batch in done:  # of a kill between sampling and grading
-            if ungraded := [stored[key] for key in batch.keys(samples) if key not in graded]:
-                _grade(config, workdir, batch.benchmark, builder.style, ungraded)
+            if any(key not in graded for key in batch.keys(samples)):
+                _grade(config, workdir, batch.benchmark, builder.style, [stored[key] for key in batch.keys(samples)])
         if left:
             report(f"{len(batches) - len(left)} of {len(batches)} batches are there; {workdir} keeps them")
             _, params = models.load_pretrained(config.model.path, config.model.dtype, layout.mesh if layout else None)
@@ -189,10 +189,10 @@ def _grade(
 def graded(
     config: EvalConfig, benchmark: benchmarks.Benchmark, style: str, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The lines of grades.jsonl for lines of completions.jsonl."""
-    problems = [benchmark.rows[row["problem"]] for row in rows]
-    texts = [row["completion"] for row in rows]
-    judged = grades.grade(benchmark, problems, texts, style, config.reward, config.unsafe)
+    """The lines of grades.jsonl for lines of completions.jsonl, which hold all samples of each of their problems."""
+    rows = sorted(rows, key=store.key)  # the first spelling of an answer names it
+    places, texts = [row["problem"] for row in rows], [row["completion"] for row in rows]
+    judged = grades.grade(benchmark, places, texts, style, config.reward, config.unsafe)
     return [
         {"benchmark": row["benchmark"], "problem": row["problem"], "sample": row["sample"]} | grade
         for row, grade in zip(rows, judged, strict=True)
@@ -274,6 +274,19 @@ def define() -> None:
         kind(name, None, f"the same as --config.{name}")
 
 
+def refuse_overrides(overrides: dict[str, Any]) -> None:
+    """Nothing where no more is set than the model.path that names a default directory.
+
+    Raises:
+      ConfigError: for a setting that --regrade would not look at.
+    """
+    if unused := sorted(overrides.keys() - {"model.path"}):
+        raise config_lib.ConfigError(
+            f"--regrade takes the settings of the work directory: --config.{unused[0]} has no place beside it; only "
+            f"{', '.join('--' + name for name in settings.SHORT)} may be given"
+        )
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -288,6 +301,8 @@ def main(argv: list[str]) -> None:
             print(budget.describe(config))
         else:
             cache_compilations()
+            if flags.FLAGS.regrade:
+                refuse_overrides(config_flags.get_override_values(flags.FLAGS["config"]))
             lines = regrade(workdir, given) if flags.FLAGS.regrade else evaluate(config, workdir)
             print(f"{table.render(lines)}\n\n{table.costs(lines)}")
     except EXPECTED as error:

@@ -120,7 +120,15 @@ def compile_call(
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
 
     if call.slots is None:
-        completions = ints(call.rows, call.n, call.tokens), ints(call.rows, call.n)
+        counts = ints(call.rows, call.n)
+        if call.rest:
+            arrays = ints(call.rows, call.n, call.rest + call.tokens), counts, counts
+            return compiled_bytes(
+                scorer._ending_logprobs.lower(
+                    model_config, params, tokens, lengths, *arrays, width=call.tokens, temperature=temperature
+                )
+            )
+        completions = ints(call.rows, call.n, call.tokens), counts
         program = scorer._completion_logprobs
         return compiled_bytes(program.lower(model_config, params, tokens, lengths, *completions, temperature))
     real = jax.ShapeDtypeStruct((call.rows,), jnp.bool, sharding=rows)

@@ -79,11 +79,10 @@ def causal(
     q: Float[Array, "R S K G A"],
     k: Float[Array, "R S K A"],
     v: Float[Array, "R S K A"],
-    lengths: Int[Array, " R"],
 ) -> Float[Array, "R S K G A"]:
     """attention.causal_attention, by the model's kernel."""
     if c.attention == "plain":
-        return attention.causal_attention(q, k, v, lengths)
+        return attention.causal_attention(q, k, v)
     return _on_mesh(c, _cudnn if c.attention == "cudnn" else _splash, q, k, v)
 
 

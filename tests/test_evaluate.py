@@ -332,6 +332,7 @@ def command(micro, *arguments):
     [
         (["--config.sampling.sample=4"], 1, "error: --config.sampling.sample: there is no such field; the nearest is"),
         (["--compare", "a"], 1, "error: 1 more argument is needed"),
+        (["--regrade", "--config.data=d"], 1, "--config.data has no place beside it; only --data, --benchmarks"),
         (
             ["--config.model.path=model", "--benchmarks=problems.jsonl", "--limit=3", "--dry_run"],
             0,

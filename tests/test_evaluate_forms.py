@@ -91,8 +91,17 @@ def test_only_a_base_models_next_problem_is_cut_off():
     text = "So it is \\boxed{2}.\n\nProblem: What is 3 plus 4?\n\nAttempt:\n\\boxed{7}"
     assert prompts.ended(text, "answer", "base") == "So it is \\boxed{2}."
     assert prompts.ended(text, "answer", "chat") == text and prompts.ended(text, "mbpp", "base") == text
-    right = grades.grade(benchmark("answer", SUM), [SUM], [text], "base", "tasks.math.reward", False)
+    right = grades.grade(benchmark("answer", SUM), [0], [text], "base", "tasks.math.reward", False)
     assert right == [{"correct": True, "answer": "2", "reason": None}]
+
+
+def test_votes_are_of_one_problem_and_name_an_answer_by_its_first_spelling():
+    asked = benchmark("answer", SUM | {"answer": "0.5"}, SUM | {"problem": "How many?", "answer": "3"})
+    texts = [f"\\boxed{{{t}}}" for t in ("1/2", "0.5", r"\frac12", "0.5", "3")]
+    judged = grades.grade(asked, [0, 1, 0, 0, 1], texts, "chat", "tasks.math.reward", False)
+    assert [(g["correct"], g["answer"]) for g in judged] == [
+        (True, "1/2"), (False, "0.5"), (True, "1/2"), (True, "1/2"), (True, "3")
+    ]  # fmt: skip
 
 
 def test_programs_are_judged_from_chat_and_from_raw_continuations():
@@ -101,11 +110,11 @@ def test_programs_are_judged_from_chat_and_from_raw_continuations():
     chat = "Sure:\n```python\ndef f(x):\n    return 2 * x\n```"
     raw = "    return x + x\n\n\ndef h():\n    return broken("
     given = [chat, raw, "    return x\n", ""]
-    judged = grades.grade(benchmark("humaneval", FUNCTION), [FUNCTION] * 4, given, "base", "", False)
+    judged = grades.grade(benchmark("humaneval", FUNCTION), [0] * 4, given, "base", "", False)
     assert [g["correct"] for g in judged] == [True, True, False, False]
     assert judged[2]["reason"] == "failed" and judged[0]["answer"] is None
     given = ["def g(x):\n    return 2 * x", "```python\ndef g(x):\n    return 2\n```"]
-    judged = grades.grade(benchmark("mbpp", TASK), [TASK] * 2, given, "chat", "", False)
+    judged = grades.grade(benchmark("mbpp", TASK), [0] * 2, given, "chat", "", False)
     assert [g["correct"] for g in judged] == [True, False]
 
 

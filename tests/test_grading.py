@@ -1,7 +1,9 @@
 """Grading: a committed set of pairs, every gold of the data, hostile texts, workers that die, order and speed."""
 
 import gzip
+import itertools
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -9,8 +11,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from gcpo_jax.evaluation import statistics
+from gcpo_jax.grading import workers
 from gcpo_jax.grading.workers import Pool
 from gcpo_jax.tasks import math as grading
 
@@ -21,6 +26,8 @@ DATA = pathlib.Path(os.environ.get("GCPO_DATA", pathlib.Path(__file__).resolve()
 FILES = sorted(path.name for path in DATA.glob("*.jsonl*") if not path.name.startswith(("humaneval", "mbpp")))
 # Settled by math-verify only: one side is an integral, which this package does not read.
 HARD = [(rf"\boxed{{\int_0^{{{k}}} x dx}}", rf"\frac{{{k * k + (k % 3 == 0)}}}{{2}}", k % 3 != 0) for k in range(1, 13)]
+
+HANG = tuple(rf"\int_0^1 \frac{{\sin^{{{k}}}(x^3) e^{{x}}}}{{1+x^{{17}}}} dx" for k in (20, 21))  # takes minutes
 
 
 def boxed(text: str) -> str:
@@ -173,21 +180,96 @@ def test_a_worker_killed_in_the_middle_changes_nothing():
 
 def test_a_question_that_hangs_costs_its_answer_only():
     pool = Pool(size=1, wall_s=3.0, cpu_s=0.5)
-    hang = [r"\prod_{n=1}^{100000} n", r"\sum_{n=1}^{10000000} \frac{1}{n^3}", False]
+    hang = [*HANG, False]
     easy = [r"\frac{1}{2}", r"\int_0^1 x dx", False]
     try:
-        assert pool.map([easy], False) == [True]
+        assert pool.map([easy]) == [True]
         first, began = pool.pids, time.monotonic()
-        assert pool.map([hang, easy], False) == [False, True]
+        assert pool.map([hang, easy]) == [workers.LIMIT, True]
         assert pool.pids == first and time.monotonic() - began < 2 * 3.0
     finally:
         pool.close()
     assert pool.pids == []
 
 
+def test_an_answer_that_could_not_be_graded_is_wrong_and_says_why(monkeypatch, caplog):
+    pool = Pool(size=1, wall_s=3.0, cpu_s=0.5)
+    monkeypatch.setattr(grading, "_POOL", pool)
+    hang = boxed(HANG[1]), HANG[0]
+    try:
+        with caplog.at_level(logging.WARNING):
+            hung, right = grading.judge_all([hang[0], HARD[0][0]], [hang[1], HARD[0][1]])
+        assert hung == (False, workers.LIMIT) and right == (True, None)
+        assert f"1 of 2 answers could not be graded and count as wrong ({workers.LIMIT}: 1)" in caplog.text
+        caplog.clear()
+        ask = workers.Worker.ask
+
+        def ask_and_kill(worker, question, limit_s):
+            worker.kill()
+            return ask(worker, question, limit_s)
+
+        monkeypatch.setattr(workers.Worker, "ask", ask_and_kill)
+        assert grading.judge_all([HARD[0][0]], [HARD[0][1]]) == [(False, workers.DIED)]
+        assert f"({workers.DIED}: 1)" in caplog.text
+    finally:
+        pool.close()
+
+
+# Spellings of one answer each, as the grader has it; the last of the first class is for the workers.
+SPELLINGS = [
+    [r"\frac{1}{2}", "0.5", r"\frac12", "2/4", "x = 1/2", r"50\%", r"\int_0^1 x dx"],
+    ["1,234", "1234", r"1234\text{ cm}", "1.234e3"],
+    [r"(1, \sqrt{4})", "(1,2)"],
+    [r"\text{Tuesday}", "tuesday"],
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_votes_count_answers_that_the_grader_holds_equal_together(seed):
+    rng = np.random.default_rng(seed)
+    groups, classes = [], []
+    for _ in range(4):
+        drawn = rng.integers(-1, len(SPELLINGS), int(rng.integers(4, 9))).tolist()
+        classes.append([None if c < 0 else str(c) for c in drawn])
+        groups.append(["no idea" if c < 0 else boxed(str(rng.choice(SPELLINGS[c]))) for c in drawn])
+    voted = grading.votes(groups, [{"problem": "How much?"}] * 4)
+    for texts, names, right in zip(groups, voted, classes, strict=True):
+        assert [a is None for a in names] == [c is None for c in right]
+        for (a, c), (b, d) in itertools.combinations(zip(names, right, strict=True), 2):
+            assert (a == b) == (c == d), (texts, names)
+        scores = [float(c == "0") for c in right]
+        for k in (1, 4):  # over all picks, by the classes
+            picks = itertools.combinations(range(len(right)), k)
+            expected = np.mean([statistics.majority([right[i] for i in p], [scores[i] for i in p]) for p in picks])
+            assert statistics.majority_at_k(names, scores, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_votes_are_named_by_the_first_spelling_and_of_each_problem_alone():
+    groups = [[boxed(t) for t in ("0.5", "1/2", "3", r"\frac12")], [boxed("1/2"), "", boxed("0.5")]]
+    assert grading.votes(groups, [{}, {}]) == [["0.5", "0.5", "3", "0.5"], ["1/2", None, "1/2"]]
+    percent = [[boxed("60"), boxed(r"60\%")]] * 2
+    rows = [{"problem": "What percentage?"}, {"problem": "How many?"}]
+    assert [len(set(names)) for names in grading.votes(percent, rows)] == [1, 2]
+
+
+def test_of_hostile_answers_few_are_asked_about_and_the_others_are_votes_of_their_own(monkeypatch):
+    asked = []
+
+    def hang(questions):
+        asked.extend(questions)
+        return [workers.LIMIT] * len(questions)
+
+    monkeypatch.setattr(grading._POOL, "map", hang)
+    hard = [boxed(HANG[0].replace("20", str(k))) for k in range(20, 40)]
+    began = time.process_time()
+    (names,) = grading.votes([hard + HOSTILE[::5]], [{}])
+    assert len(names) == len(hard + HOSTILE[::5]) and len(set(names[: len(hard)])) == len(hard)
+    assert len(asked) == 2 * grading.MAX_HARD_VOTES and time.process_time() - began < 10
+
+
 def test_a_closed_pool_leaves_no_process():
     pool = Pool(size=1)
-    assert pool.map([[r"\frac{1}{2}", r"\int_0^1 x dx", False]], False) == [True]
+    assert pool.map([[r"\frac{1}{2}", r"\int_0^1 x dx", False]]) == [True]
     (pid,) = pool.pids
     pool.close()
     with pytest.raises(ProcessLookupError):

@@ -3,7 +3,7 @@
 config.json       every setting (rundir.py)
 state.json        which policy, the prompts' style, and of each benchmark: title, form, digest, places of its problems
 completions.jsonl a line for each (benchmark, problem, sample), written batch by batch and never again
-grades.jsonl      a line for each of these: whether it is right, the answer that votes count, the sandbox's reason
+grades.jsonl      a line for each of these: whether it is right, the answer that votes count, perhaps why it failed
 table.md          what evaluate prints
 """
 

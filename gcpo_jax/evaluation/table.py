@@ -29,6 +29,7 @@ class Line:
     truncated: float  # share of completions without an end
     tokens: float  # mean length
     seconds: float  # all completions, without loading and grading
+    ungraded: int  # answers that count as wrong because the grader gave up; grades.jsonl has the reasons
 
 
 def read(workdir: pathlib.Path) -> list[Line]:
@@ -78,6 +79,7 @@ def _line(name: str, known: dict[str, Any], rows: list[list[dict[str, Any]]]) ->
         float(np.mean([not r["finished"] for r in flat])),
         float(np.mean([r["tokens"] for r in flat])),
         float(sum(r["seconds"] for r in flat)),
+        sum(r["reason"] is not None for r in flat) if known["form"] == "answer" else 0,
     )
 
 
@@ -126,13 +128,13 @@ def render(lines: list[Line]) -> str:
 
 
 def costs(lines: list[Line]) -> str:
-    """Time and rate of sampling, as it was when the completions were made."""
+    """Time and rate of sampling, as it was when the completions were made, and what could not be graded."""
     rows = []
     for line in lines:
         count = line.tokens * line.correct.size
         rate = f"{count / line.seconds:,.0f}" if line.seconds else "-"
-        rows.append([line.title, clock(line.seconds), f"{count:,.0f}", rate])
-    return markdown(["benchmark", "time", "tokens", "tokens/s"], rows)
+        rows.append([line.title, clock(line.seconds), f"{count:,.0f}", rate, str(line.ungraded)])
+    return markdown(["benchmark", "time", "tokens", "tokens/s", "not graded"], rows)
 
 
 def results(lines: list[Line]) -> str:

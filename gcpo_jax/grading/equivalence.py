@@ -4,162 +4,17 @@ Everything here is quick and bounded except the last resort on scalars, which is
 answer)`. Without it `equal` raises Undecided where it would be needed. What is decided how is listed in math.py.
 """
 
-import functools
 import re
-from typing import NamedTuple
 
 from gcpo_jax.grading import expressions, quantities
 from gcpo_jax.grading.notation import compact, tidy
-from gcpo_jax.grading.scalars import Symbolic, proportional, same_scalar, tree_of
+from gcpo_jax.grading.scalars import Symbolic, agrees_with_its_rounding, proportional, same_scalar, tree_of
+from gcpo_jax.grading.structure import Value, read
 
-MAX_ANSWER, MAX_ITEMS = 2000, 40
+MAX_ANSWER = 2000
 _WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen twenty"""
 _NUMBER_WORDS = {word: k for k, word in enumerate(_WORDS.split())}
-_SYNONYMS = {
-    "allrealnumbers": r"(-\infty,\infty)", "allreals": r"(-\infty,\infty)", r"\R": r"(-\infty,\infty)",
-    "infinity": r"\infty", "+\\infty": r"\infty", r"\{\}": r"\emptyset", "emptyset": r"\emptyset",
-    "theemptyset": r"\emptyset", "dne": "doesnotexist",
-}  # fmt: skip
-
-
-class Value(NamedTuple):
-    """What an answer is. The mark: a tuple's two brackets, and a range's variable after them; a leaf's text."""
-
-    kind: str  # "leaf" | "list" | "set" | "tuple" | "union" | "matrix" | "equation"
-    parts: tuple = ()
-    mark: str = ""
-
-
-_WHOLE = re.compile(r"[A-Za-z]\s*\\in\s*(?:\\mathbb\s*\{?)?[ZN]\}?(?:\^[+*])?")  # "k in Z", said beside an answer
-
-
-def _split(text: str, pattern: str) -> list[str]:
-    """The pieces between matches of the pattern outside all brackets."""
-    pieces, depth, start = [], 0, 0
-    finder = re.compile(rf"(?P<sep>{pattern})|\\[{{}}]|\\begin|\\end|\\[lr](?:angle|floor|ceil)\b|[()\[\]{{}}]")
-    for found in finder.finditer(text):
-        token = found[0]
-        if found["sep"] is not None:
-            if depth <= 0:
-                pieces.append(text[start : found.start()].strip())
-                start = found.end()
-        elif token in ("(", "[", "{", r"\{", r"\begin", r"\langle", r"\lfloor", r"\lceil"):
-            depth += 1
-        else:
-            depth -= 1
-    return [*pieces, text[start:].strip()]
-
-
-_SEPARATOR = r",|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
-_RELATION = r"\\leq(?![a-z])|\\geq(?![a-z])|\\neq(?![a-z])|=|<|>"
-
-
-def _enclosed(text: str) -> tuple[str, str, str] | None:
-    """(open, inside, close) of a text that one pair of brackets encloses."""
-    found = re.fullmatch(r"(\\\{|\\langle|[(\[])(.*)(\\\}|\\rangle|[)\]])", text, re.DOTALL)
-    if not found:
-        return None
-    depth = 0
-    for token in re.finditer(r"\\[{}]|\\[lr]angle|[()\[\]{}]", text):
-        depth += 1 if token[0] in ("(", "[", "{", r"\{", r"\langle") else -1
-        if depth == 0:
-            return (found[1], found[2], found[3]) if token.end() == len(text) else None
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def read(text: str) -> Value:
-    """The structure of a tidy answer."""
-    text = _SYNONYMS.get(re.sub(r"[\s.]", "", text).lower() if "\\R" not in text else text.strip(), text)
-    pieces = [p for p in _split(text, _SEPARATOR) if p]
-    pieces = [p for p in pieces if not _WHOLE.fullmatch(p)] or pieces
-    if len(pieces) > MAX_ITEMS:
-        return Value("leaf", mark=text)
-    if len(pieces) > 1:
-        parts = [part for p in pieces for part in _alternatives(p)]
-        return Value("list", tuple(parts))
-    text = pieces[0] if pieces else text
-    alternatives = _alternatives(text)
-    return alternatives[0] if len(alternatives) == 1 else Value("list", tuple(alternatives))
-
-
-def _alternatives(text: str) -> list[Value]:
-    r"""One value, or the two that \pm stands for."""
-    if r"\pm" not in text or text.startswith(r"\{"):
-        return [_one(text)]
-    both = [text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+")]
-    return [_one(re.sub(r"(^|[=(,{])\s*\+", r"\1", b)) for b in both]
-
-
-def _one(text: str) -> Value:
-    text = re.sub(r"^[A-Za-z](?:_\{?\w+\}?)?\s*\\in\s*(?=[(\[\\])", "", text.strip())
-    union = _split(text, r"\\cup")
-    if len(union) > 1:
-        return Value("union", tuple(read(u) for u in union))
-    matrix = re.fullmatch(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
-    if not matrix and (wrapped := re.fullmatch(r"[(\[]\s*(\\begin\{(?:array|matrix)\}.*)[)\]]", text, re.DOTALL)):
-        return _one(wrapped[1])
-    if matrix:
-        rows = [r for r in matrix[2].split("\x02") if r.strip()]
-        return Value("matrix", tuple(tuple(_one(c.strip()) for c in r.split("&")) for r in rows))
-    named = re.fullmatch(r"[A-Z]'?\s*(?:=\s*)?(\([^=]*,[^=]*\))", text)  # a point with its name
-    enclosed = _enclosed(named[1] if named else text)
-    if enclosed:
-        inside = _inside(*enclosed)
-        if inside is not None:
-            return inside
-    return _relation(text) or Value("leaf", mark=text)
-
-
-def _inside(opening: str, inside: str, closing: str) -> Value | None:
-    if opening == r"\{":
-        builder = re.fullmatch(r"\s*([A-Za-z])\s*(?:\\in\s*\\R\s*)?[|:](.*)", inside)
-        if builder:
-            return read(builder[2].strip())
-        entries = read(inside)
-        return Value("set", entries.parts if entries.kind == "list" else (entries,))
-    items = _split(inside, ",")
-    if len(items) == 1:
-        return read(inside.strip()) if opening == "(" and closing == ")" else None
-    if len(items) > MAX_ITEMS or not all(items):
-        return None
-    return Value("tuple", tuple(read(i) for i in items), opening + closing)
-
-
-def _relation(text: str) -> Value | None:
-    """An inequality as the interval that it is, an equation as its sides."""
-    sides = _split(text, _RELATION)
-    if len(sides) == 1 or not all(sides):
-        return None
-    signs = re.findall(_RELATION, text)
-    if len(signs) != len(sides) - 1:
-        return None
-    if set(signs) == {"="}:
-        return Value("equation", tuple(sides))
-    low, high = ("<", r"\leq"), (">", r"\geq")
-    if len(sides) == 3 and all(s in low for s in signs):
-        ends = (sides[0], sides[2])
-    elif len(sides) == 3 and all(s in high for s in signs):
-        ends, signs = (sides[2], sides[0]), signs[::-1]
-    elif len(sides) == 2 and signs[0] in low + high:
-        name = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\))?")
-        below = (signs[0] in low) == bool(name.fullmatch(sides[0]))
-        bound = sides[1] if name.fullmatch(sides[0]) else sides[0]
-        variable = sides[0] if name.fullmatch(sides[0]) else sides[1]
-        strict = signs[0] in "<>"
-        if not name.fullmatch(variable):
-            return None
-        edge = (")" if strict else "]") if below else ("(" if strict else "[")
-        ends = (r"-\infty", bound) if below else (bound, r"\infty")
-        return Value("tuple", tuple(map(read, ends)), ("(" + edge if below else edge + ")") + variable)
-    elif len(sides) == 2 and signs == [r"\neq"]:
-        halves = ((r"-\infty", sides[1]), (sides[1], r"\infty"))
-        return Value("union", tuple(Value("tuple", tuple(map(read, h)), "()" + sides[0]) for h in halves))
-    else:
-        return None
-    brackets = ("(" if signs[0] in "<>" else "[") + (")" if signs[1] in "<>" else "]")
-    return Value("tuple", tuple(map(read, ends)), brackets + sides[1])
 
 
 def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: bool = False) -> bool:
@@ -170,11 +25,14 @@ def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: boo
     """
     if max(len(gold), len(answer)) > MAX_ANSWER:
         return gold.strip() == answer.strip()
-    g, a = (tidy(quantities.spell_letters(t)) for t in (gold, answer))
+    g, a = (quantities.add_up(tidy(quantities.spell_letters(t))) for t in (gold, answer))
     if not g or not a:
         return False
     if compact(g) == compact(a):
         return True
+    a = _rounded_beside(a)
+    if a is None:
+        return False
     approximate = r"^\s*\\approx|^approximately |^about |^≈|^~"
     if re.search(approximate, a) and not re.search(rf"\d\.\d|\\times|\de|{approximate}", g):
         return False
@@ -190,6 +48,18 @@ def equal(gold: str, answer: str, symbolic: Symbolic | None = None, percent: boo
     a = re.sub(r"^(?:negative|minus)\s+(?=\d)", "-", a, flags=re.IGNORECASE)
     a = re.sub(r"^(?:\([A-H]\)|[A-H][).:])\s+(?=\S)", "", a)
     return _same(read(g), read(a), symbolic)
+
+
+def _rounded_beside(answer: str) -> str | None:
+    r"""Of "x = 3/56 \approx 0.054" the exact part, of "x \approx 0.054" the rounded one; None where they differ."""
+    exact, mark, rounded = answer.partition(r"\approx")
+    if not mark or not exact.strip():
+        return answer
+    value, rounded = (quantities.split(t.strip(), letters=True)[0] for t in (exact.rsplit("=", 1)[-1], rounded))
+    tree = tree_of(value)
+    if tree is None or expressions.symbols(tree):
+        return rf"\approx {rounded}"
+    return exact.strip() if agrees_with_its_rounding(tree, rounded) else None
 
 
 def _choice(gold: str, raw: str, answer: str) -> bool | None:
@@ -231,6 +101,8 @@ def _same(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
         if any(len(set(one)) > 1 and all(one) and not any(other) for one, other in (labels, labels[::-1])):
             return _ordered(gold.parts, answer.parts, symbolic)
         return _unordered(gold.parts, answer.parts, symbolic)
+    if answer.kind == "list" and gold.kind in ("leaf", "equation"):
+        return all(_same(gold, part, symbolic) for part in answer.parts)  # "1/2 or 0.5" is one answer
     if "set" in kinds and set(kinds) & {"leaf", "equation"}:
         gold, answer = (v.parts[0] if v.kind == "set" and len(v.parts) == 1 else v for v in (gold, answer))
         return gold.kind != "set" and answer.kind != "set" and _same(gold, answer, symbolic)
@@ -277,7 +149,7 @@ def _tuples(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
 _LABEL = re.compile(
     r"(?:\\?[A-Za-z]+(?:_\{?[\w, ]+\}?)?'*|[A-Z]{2,}(?:\^\{?2\}?)?|\|?[A-Z]{2}\|?"
     r"|\\(?:vec|overline|angle|triangle)\s*\{?[A-Z]+\}?|[a-zA-Z]\s*\([\w, ]+\)|\\frac\{[A-Z_\d]+\}\{[A-Z_\d]+\}"
-    r"|(?:\\(?:sin|cos|tan)\s*)(?:\\angle\s*)?(?:[A-Z]+|\\[a-z]+)|[A-Za-z ]{3,}|\([A-Za-z_\d{}, ]+\))"
+    r"|(?:\\(?:sin|cos|tan)\s*)(?:\\angle\s*)?(?:[A-Z]+|\\[a-z]+)|[A-Za-z ]{3,}|\([A-Za-z_\d{}\\, ]+\))"
 )
 _TOTAL = re.compile(r"\d*[a-z](?:\s*[+-]?\s*\d*[a-z])+")  # m + n, which many problems ask for
 
@@ -288,7 +160,7 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
         for middle, end in [*((m, last) for m in names[1:]), *((m, other) for m in others[1:])]:
             if not _same(read(middle), read(end), symbolic):
                 return False
-        if compact(names[0]) == compact(others[0]) and _same(read(last), read(other), symbolic):
+        if _label(names[0]) == _label(others[0]) and _same(read(last), read(other), symbolic):
             return True
         if (
             len(names) == len(others) == 1
@@ -304,7 +176,7 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
         return len(names) == len(others) == 1 and proportional(gold.parts, answer.parts)
     chain, value = (gold, answer) if gold.kind == "equation" else (answer, gold)
     *names, last = chain.parts
-    asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) for n in names)
+    asked = chain is answer and _constant(last) and all(_TOTAL.fullmatch(n) or _constant(n) for n in names)
     worked = chain is answer and _constant(last)  # x = -b/2a = 3: how the value came about
     steps = [n for k, n in enumerate(names) if not (k and worked)]
     if not asked and (not all(_LABEL.fullmatch(n) or _constant(n) for n in steps) or _PROSE.search(last)):
@@ -315,6 +187,11 @@ def _equations(gold: Value, answer: Value, symbolic: Symbolic | None) -> bool:
             return False
     pair = (read(last), value) if chain is gold else (value, read(last))
     return _same(*pair, symbolic)
+
+
+def _label(name: str) -> str:
+    """A name; an angle may be said by its corner."""
+    return compact(re.sub(r"^m?\s*\\angle\s*", "", name.strip()))
 
 
 def _constant(text: str) -> bool:
@@ -329,7 +206,7 @@ def _letters(text: str) -> str:
     return " ".join(str(_NUMBER_WORDS.get(w, w)) for w in words if w not in ("a", "an", "the"))
 
 
-_PROSE = re.compile(r"(?<![\\A-Za-z_{])[A-Za-z]{3,}|(?<![\\A-Za-z_{])[A-Z]{2}(?![A-Za-z])")
+_PROSE = re.compile(r"(?<![\\A-Za-z_{])[A-Za-z]{3,}|(?<![\\A-Za-z_{(/])[A-Z]{2}(?![A-Za-z)])")
 
 
 def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
@@ -337,6 +214,9 @@ def _leaves(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
     if compact(gold) == compact(answer):
         return True
     gold, answer = (str(_NUMBER_WORDS.get(t.lower(), t)) for t in (gold, answer))
+    said = re.fullmatch(r"(\d+)\s*\(\s*([a-z]+)\s*\)", answer)
+    if said and str(_NUMBER_WORDS.get(said[2])) == said[1]:  # 5 (five)
+        answer = said[1]
     if not re.search(r"[\d\\]", gold) and _PROSE.search(gold):
         return _letters(gold) == _letters(answer)
     if ":" in gold:
@@ -385,10 +265,13 @@ def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
     clock = r"0?(\d{1,2}):(\d\d(?::\d\d)?)\s*(?:([ap])\.?\s*m\.?)?(?:\s*o'clock)?"
     times = [re.fullmatch(clock, t, re.IGNORECASE) for t in (gold, answer)]
     if times[0]:
-        if not times[1] or times[0].groups()[:2] != times[1].groups()[:2]:
+        if not times[1] or times[0][2] != times[1][2]:
             return False
-        halves = [(t[3] or "").lower() for t in times if t]
-        return halves[0] == halves[1] or "" in halves
+        (hour, half), (other, its) = (
+            (int(m[1]) - 12, "p") if int(m[1]) > 12 else (int(m[1]), (m[3] or "").lower()) for m in times if m
+        )
+        as_written = times[0][1].lstrip("0") == times[1][1].lstrip("0")
+        return hour == other and (half == its or (as_written and "" in (half, its)))
     sides = [[s.strip() for s in t.split(":")] for t in (gold, answer)]
     if sorted(map(len, sides)) == [1, 2]:  # 3:4 as a fraction
         g, a = (f"({s[0]})/({s[1]})" if len(s) == 2 else s[0] for s in sides)
@@ -402,7 +285,7 @@ def _ratios(gold: str, answer: str, symbolic: Symbolic | None) -> bool:
     )
 
 
-_BASED = re.compile(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*_\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?")
+_BASED = re.compile(r"\(?\s*(-?[\dA-F]+)\s*\)?\s*(?:_|(?:in )?base(?=\W))\s*\{?\s*\(?\s*(\w+)\s*\)?\s*\}?")
 
 
 def _numeral(text: str) -> tuple[str, int | str]:

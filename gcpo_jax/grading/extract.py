@@ -29,7 +29,7 @@ _NEGATION = re.compile(
 _RETRACTION = re.compile(
     r"\b(?:wait|actually|scratch that|correction|that(?:'s| is) (?:wrong|incorrect|not right)"
     r"|is (?:wrong|incorrect)|or maybe|or perhaps"
-    r"|on second thought|alternatively)\b",
+    r"|on second thought|alternatively|i (?:first )?thought|at first|initial(?:ly)?|mistake\w*|corrected answer)\b",
     re.IGNORECASE,
 )
 _CONNECTIVE = re.compile(
@@ -38,16 +38,25 @@ _CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
-    r"-?\s?(?:\\\$|\$)?-?(?:\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+/\d+|\d*\.\d+|\d+)(?:\s*(?:\\%|%))?"
+    r"-?\s?(?:\\\$|\$)?-?(?:\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+/\d+|\d*\.\d+|\d+)(?:\s*(?:\\%|%|percent\b))?"
 )
 # A number with its unit, or a word or three without one.
 _BRIEF = re.compile(r"[-$\d.,/]+%?(?:\s+[A-Za-z]+){0,3}\.?|[A-Za-z]+(?:\s+[A-Za-z]+){0,2}\.?")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _CLAUSE = re.compile(
-    r"(?<=[^.])\.(?=\s|$|\*|\$|\")|\n|(?:,|;)?\s+(?:because|since|as\s|which|so\s|where|when|given|thus|therefore|for\s|after|if\s)|,\s+not\s"
-    r"|!(?=\s|$)(?<=[a-z]!)"
+    r"(?<=[^.])\.(?=\s|$|\*|\$|\")|\n|!(?=\s|$)(?<=[a-z]!)|,\s+not\s|(?:,|;)?\s+(?:because|since|as\s|which|so\s|where|when"
+    r"|given|thus|therefore|for\s|after|if\s|(?:or )?equivalently|that is|i\.e\.|or about|or approximately)"
 )
 _CHOICE = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-H])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)")
+_LABEL = re.compile(r"\(([A-H])\)")
+_LEAD = re.compile(r"[\s*_:#]*(?:(?:the|my|our|so|thus|therefore|hence|final)[\s,*]*)*", re.IGNORECASE)
+# What only says the answer again, in decimals.
+_ASIDE = re.compile(
+    r"[,\s(]*(?:\b(?:which is|or|that is|i\.e\.)\s*)?(?:\b(?:about|approximately|roughly)|≈)\s*"
+    r"[$\\(]*[\d.,]+\s*(?:\\?%|percent)?[$\\)]*[.\s)]*$"
+)
+_BOUND = re.compile(r"\b(?:between\s+\S+\s+and|(?:greater|larger|more|less|smaller|fewer)\s+than)\W*$", re.IGNORECASE)
+_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*[\s.!]*$")
 
 
 def _spoken(completion: str) -> str | None:
@@ -116,6 +125,8 @@ def _boxed(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
         )
         if not (joined or short or (claims and "\n\n" not in gap)):
             break
+        if _RETRACTION.search(_sentence_before(text, earlier[0]) + gap):
+            break
         group.insert(0, earlier)
     first, last = group[0], group[-1]
     if _HEDGE.search(_sentence_before(text, first[0])) or _NEGATION.search(text[max(0, last[0] - 30) : last[0]]):
@@ -143,7 +154,9 @@ def _contradicted(tail: str, content: str) -> bool:
     if other:
         offered = _NUMBER.search(other[1])
         return offered is None or not _alike(offered[0], content)
-    sentence = re.split(r"\n\s*\n", tail)[0]
+    sentence, *others = re.split(r"\n\s*\n", tail)
+    if others and _RETRACTION.match(others[0].lstrip("* ")):
+        sentence += "\n" + others[0]
     if _HEDGE.search(re.split(r"\.\s|\n", sentence)[0]):
         return True
     claim = _PHRASE.search(tail)
@@ -171,10 +184,16 @@ def _alike(one: str, other: str) -> bool:
 def _stated(text: str) -> tuple[bool, str | None]:
     """(whether the text states an answer in words, that answer)."""
     found = list(_PHRASE.finditer(text))
+    # "Final answer: The answer is 5" says it once.
+    found = [
+        p for p, q in itertools.zip_longest(found, found[1:]) if not q or not _LEAD.fullmatch(text, p.end(), q.start())
+    ]
     if not found:
         return False, None
     answers = [_content(text, phrase.end()) for phrase in found[-4:]]
     start = text.rfind("\n\n", 0, found[-1].start())
+    for retraction in _RETRACTION.finditer(text, max(0, start), found[-1].start()):
+        start = retraction.start()
     same = [a for phrase, a in zip(found[-4:], answers, strict=True) if phrase.start() > start and a is not None]
     if _HEDGE.search(_sentence_before(text, found[-1].start())):
         return True, None
@@ -192,13 +211,13 @@ def _content(text: str, start: int) -> str | None:
     whole = rest.split("\n")[0].strip()
     if _HEDGE.search(whole) or re.match(r"(?:not|n't)\b", whole):
         return None
-    clause = _CLAUSE.split(whole)[0].strip().strip("*_ ").strip()
+    clause = re.sub(r"\*\*[!.\s]*$", "", _CLAUSE.split(whole)[0].strip()).strip("*_ ").strip()
     clause = re.sub(r"^([-$\d./,]+)\s+of\s.*", r"\1", clause)
     clause = re.sub(
         r"^(?:option|choice|that|equal to|simply|just|therefore|thus|indeed)\s+", "", clause, flags=re.IGNORECASE
     )
     after = whole[len(clause) :]
-    if re.match(r"[\s.$*]*\bor\b", after):
+    if re.match(r"[\s.$*]*\bor\b(?! equivalently| about| approximately)", after):
         return None
     if not clause:
         return None
@@ -213,7 +232,7 @@ def _content(text: str, start: int) -> str | None:
 
 def _only_math(clause: str) -> bool:
     return not re.search(
-        r"(?<![\\A-Za-z])(?:[a-z]{3,}|(?:it|is|so|to|we|of|be|by|at)\b)",
+        r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{3,}|(?:it|is|so|to|we|of|be|by|at)\b)",
         re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", clause),
     )
 
@@ -248,9 +267,15 @@ def extract(completion: str) -> str | None:
     if stated:
         return answer
     last = text.rsplit("\n", 1)[-1].strip()
-    choice = _CHOICE.search(last)
+    choice = _CHOICE.search(last) or _labelled(text)
     if choice and not _left_open(last):
         return choice[1]
+    bare = _ASIDE.sub("", text)
+    if _NUMBER.search(bare.rsplit("\n", 1)[-1]):
+        text, last = bare, bare.rsplit("\n", 1)[-1].strip()
+    bold = _BOLD.search(text)
+    if bold and not _left_open(last) and (_only_math(bold[1]) or _BRIEF.fullmatch(bold[1].strip())):
+        return bold[1].strip()
     inner = list(_MATH.finditer(text[-MAX_CONTENT:]))
     if inner and re.fullmatch(r"[\s.*!,]*", text[-MAX_CONTENT:][inner[-1].end() :]):
         return None if _left_open(last) else _last_math(inner)
@@ -259,7 +284,27 @@ def extract(completion: str) -> str | None:
     if len(last) <= 80 and (_only_math(last) or _BRIEF.fullmatch(last)):
         return last
     numbers = list(_NUMBER.finditer(text))
-    return _signed(text, numbers[-1]) if numbers else None
+    if not numbers:
+        return None
+    before, end = text[: numbers[-1].start()], numbers[-1].end()
+    if _BOUND.search(before[-60:]) or _NEGATION.search(before[-60:]):
+        return None
+    start = max(0, len(text) - MAX_CONTENT)
+    for found in inner:  # a number inside a formula stands for the formula
+        if start + found.start() < end <= start + found.end():
+            content = _last_math([found])
+            return content if _only_math(content) else None
+    before = text[max(0, end - 80) : end].split()
+    whole = (before[-1] if before else "") + re.split(r"\s", text[end : end + 80])[0]
+    return whole.rstrip(".,;:!*") if re.search("[π√^]", whole) else _signed(text, numbers[-1])
+
+
+def _labelled(text: str) -> re.Match | None:
+    """Of a last line that is one labelled choice, "(C) Plane" or "a plane, (C)", the label; not of a list of them."""
+    *others, last = [line.strip(" *") for line in text.split("\n") if line.strip()][-2:]
+    if len(last) > 80 or len(_LABEL.findall(last)) != 1 or (others and _LABEL.match(others[0])):
+        return None
+    return re.match(r"\(([A-H])\)\s", last) or re.search(r"\s\(([A-H])\)[.!\s]*$", last)
 
 
 def _left_open(sentence: str) -> bool:

@@ -19,6 +19,7 @@ _UNICODE = {
     "Δ": r"\Delta ", "Ω": r"\Omega ", "ρ": r"\rho ", "δ": r"\delta ", "∣": "|", "〈": r"\langle ", "〉": r"\rangle ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",", "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'",
     "£": r"\pounds ", "€": r"\euro ",
+    "¢": " cents ", "∴": " ",
 }  # fmt: skip
 # What a careless reader of backslashes has made of LaTeX: a form feed for \\f, a tab for \\t, a bell for \\b.
 _ESCAPES = {"\x0crac": r"\frac", "\text": r"\text", "\times": r"\times", "\x08oxed": r"\boxed"}
@@ -52,7 +53,7 @@ _RENAMED = {
 }  # fmt: skip
 _DROPPED = re.compile(
     r"\\(?:left|right|middle|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg"
-    r"|nolimits|rm|bf|it|hfill|protect|mathstrut|strut)(?![A-Za-z])\.?|\\[!]"
+    r"|nolimits|therefore|rm|bf|it|hfill|protect|mathstrut|strut)(?![A-Za-z])\.?|\\[!]"
 )
 _TEXT = re.compile(
     r"\\(?:textbf|textit|textrm|textnormal|textsf|text|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|"
@@ -164,5 +165,6 @@ def _closes(text: str) -> int:
 
 def compact(text: str) -> str:
     """Without spaces that mean nothing and braces around one character: the form in which strings are compared."""
-    text = re.sub(r"(\\[A-Za-z]+) (?=[A-Za-z])", "\\1\x01", text).replace(" ", "").replace("\x01", " ")
+    text = re.sub(r"(\\[A-Za-z]+) (?=[A-Za-z])", "\\1\x01", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text).replace("\x01", " ")  # 1 4/5 is not 14/5
     return re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)

@@ -39,7 +39,8 @@ _SINGLE_WORDS = "m g s h l L"
 _SINGLE = frozenset(_SINGLE_WORDS.split())
 _PHYSICAL = frozenset(_TABLE)
 _EXTRA_WORDS = """hz khz mhz ghz pa kpa mpa gpa atm bar psi ev kev mev gev rpm mol mmol cc ha db kj mj kw mw kwh
-nm um fm au pc kpc mpc cal kcal erg dyn am pm"""
+nm um fm au pc kpc mpc cal kcal erg dyn am pm
+celsius fahrenheit"""
 _EXTRA = frozenset(_EXTRA_WORDS.split())
 # A word that changes or withdraws the number before it is no unit.
 _NOT_UNITS_WORDS = """or and not about approximately approx roughly nearly almost least most more less fewer than
@@ -52,7 +53,9 @@ _NOT_UNITS = frozenset(_NOT_UNITS_WORDS.split())
 _MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD = r"(?<![\\A-Za-z_])(?:[A-Za-z]{2,}|[mgshlL](?![A-Za-z]))\.?(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"^(.*?[\d)}}\]!.a-zA-Z]|[a-z]|\\pi)\s*((?:{_WORD})(?:[\s/-]+(?:{_WORD}))*)$")
-_TEXT_LETTER = re.compile(r"\\(?:text|mathrm|mbox|rm|textrm)\s*\{\s*(m|g|s|h|L|l)\s*\.?\s*\}")
+_TEXT_LETTER = re.compile(r"\\(?:text|mathrm|mbox|rm|textrm)\s*\{[\s~]*(m|g|s|h|L|l)\s*\.?\s*\}")
+_SI = {"J": "joule", "N": "newton", "W": "watt", "K": "kelvin", "V": "volt", "T": "tesla", "A": "ampere"}
+_TEXT_CAPITAL = re.compile(r"(?<=[\d}).])((?:\s|~|\\[,;:! ])*)\\(?:text|mathrm|mbox|textrm)\s*\{[\s~]*([JNWKVTA])\s*\}")
 _COMPOUND = {"mph": "mile hour", "kmh": "kilometer hour", "kph": "kilometer hour"}
 
 Unit = tuple[frozenset[str], int] | None
@@ -60,6 +63,7 @@ Unit = tuple[frozenset[str], int] | None
 
 def spell_letters(text: str) -> str:
     r"""Units of one letter that LaTeX marks as text, \text{m}, written out before the marking goes."""
+    text = _TEXT_CAPITAL.sub(lambda m: f" {_SI[m[2]]} ", text)
     return _TEXT_LETTER.sub(lambda m: f" {_NAMES[m[1].lower()]} ", text)
 
 
@@ -71,6 +75,24 @@ def multiply_out(text: str) -> str:
         text,
         flags=re.IGNORECASE,
     )
+
+
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?(?:\s*,)?(?:\s*and)?\s*(?=\d|$)")
+
+
+def add_up(text: str) -> str:
+    """1 hour 50 minutes, or 5 feet and 4 inches, in the last of their units; any other text as it is."""
+    parts = _PART.findall(text)
+    if len(parts) < 2 or _PART.sub("", text).strip():
+        return text
+    known = [_TABLE.get(_NAMES.get(word) or _NAMES.get(word.lower().removesuffix("s"), "")) for _, word in parts]
+    if any(unit is None for unit in known):
+        return text
+    dimensions, sizes = {unit[0] for unit in known if unit}, [unit[1] for unit in known if unit]
+    if len(dimensions) > 1 or sizes != sorted(set(sizes), reverse=True):
+        return text
+    total = sum(Fraction(number) * size for (number, _), size in zip(parts, sizes, strict=True)) / sizes[-1]
+    return f"{total} {parts[-1][1]}"
 
 
 def _canonical(words: str) -> Unit | Literal[False]:
@@ -110,10 +132,10 @@ def split(text: str, letters: bool) -> tuple[str, Unit]:
     within = mark and "circ" in mark[2] and re.search(r"\\circ|\\(?:sin|cos|tan|cot|sec|csc)", mark[1])
     if mark and not within and not _open(mark[1]):
         name = {"%": "percent", "¤": "dollar"}.get(mark[2], "degree" if "circ" in mark[2] else mark[2])
-        return mark[1], (frozenset([name]), 1)
-    # "per cent" in two words, and Celsius after degrees, are the unit alone.
-    text = re.sub(r"\bper cent\b", "percent", text)
-    text = re.sub(r"(\^\{\\circ\}|degrees?)\s*(?:Celsius|Fahrenheit)$", "degrees", text)
+        scale = {"C": ["celsius"], "F": ["fahrenheit"]}.get(mark[2][-1], [])
+        return mark[1], (frozenset([name, *scale]), 1)
+    text = re.sub(r"\bper cent\b", "percent", text)  # two words, one unit
+    text = re.sub(r"\^\{\\circ\}\s*(?=(?:Celsius|Fahrenheit)$)", " degrees ", text, flags=re.IGNORECASE)
     tail = _TAIL.match(text)
     if tail:
         value, words = tail[1], tail[2]

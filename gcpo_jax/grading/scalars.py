@@ -103,6 +103,15 @@ def _close(gold: str, answer: str, value: Fraction, other: Fraction) -> bool:
     return difference <= coarse / 2 and difference <= abs(value) / 100
 
 
+def agrees_with_its_rounding(tree: tuple, rounded: str) -> bool:
+    """Whether a number without symbols may be written as this literal: they differ by less than its last place."""
+    literal, other = _literal(rounded), tree_of(rounded)
+    value = _at(tree, {}, values.floats())
+    if literal is None or other is None or value is None:
+        return False
+    return abs(value - float(values.exact(other))) <= float(literal.last_place)
+
+
 def same_scalar(gold: str, answer: str, symbolic: Symbolic | None, rounded: bool = True) -> bool:
     """Whether two expressions are equal; rounded: a gold in decimals may be matched by an answer that rounds to it.
 

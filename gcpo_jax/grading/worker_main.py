@@ -1,4 +1,5 @@
-"""The program of one grading worker: lines of JSON [gold, answer, percent] in, true or false out. See workers.py.
+"""The program of one grading worker: lines of JSON [gold, answer, percent] in, true, false or the reason why there is
+neither out. See workers.py.
 
 It loads the libraries once and forks for each question, so that one that hangs or eats memory costs itself only,
 and leaves nothing behind for the next. It is run by path, so that the user's main module does not come along.
@@ -19,6 +20,7 @@ from latex2sympy2_extended import latex2sympy
 from math_verify import verify
 
 from gcpo_jax.grading import equivalence, expressions, scalars, values
+from gcpo_jax.grading.workers import DIED, LIMIT
 
 DIGITS, PRECISION, RECURSION = 40, 110, 3000
 
@@ -39,13 +41,18 @@ def symbolic(gold: str, answer: str) -> bool:
     return bool(scalars.compare(*trees, field, DIGITS, PRECISION))
 
 
-def answer(question: list) -> bool:
-    """The verdict; false where the libraries give up."""
+_REPLIES: dict[bytes, bool | str] = {b"1": True, b"0": False, b"m": LIMIT}
+
+
+def answer(question: list) -> bytes:
+    """The verdict, a key of _REPLIES; false where the libraries give up."""
     gold, text, percent = question
     try:
-        return equivalence.equal(gold, text, symbolic, percent)
+        return b"1" if equivalence.equal(gold, text, symbolic, percent) else b"0"
+    except MemoryError:
+        return b"m"
     except Exception:
-        return False
+        return b"0"
 
 
 def child(question: list, reply: int, cpu_s: float, memory: int) -> None:
@@ -53,12 +60,12 @@ def child(question: list, reply: int, cpu_s: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 1))
     signal.setitimer(signal.ITIMER_PROF, cpu_s)  # ends the process by SIGPROF, even one that nobody waits for any more
-    os.write(reply, b"1" if answer(question) else b"0")
+    os.write(reply, answer(question))
     os._exit(0)
 
 
-def attempt(question: list, cpu_s: float, wall_s: float, memory: int) -> str:
-    """One question in a child process: "true", "false" (also past a limit), or "died" where something else ended it."""
+def attempt(question: list, cpu_s: float, wall_s: float, memory: int) -> bool | str:
+    """One question in a child process: the verdict, LIMIT, or DIED where something else ended it."""
     reading, writing = os.pipe()
     process = os.fork()  # this program has one thread
     if process == 0:
@@ -69,16 +76,16 @@ def attempt(question: list, cpu_s: float, wall_s: float, memory: int) -> str:
     os.close(writing)
     try:
         ready, _, _ = select.select([reading], [], [], wall_s)
-        verdict = os.read(reading, 1) if ready else b"0"
+        verdict = os.read(reading, 1) if ready else b"m"
         if not ready:
             os.kill(process, signal.SIGKILL)
     finally:
         os.close(reading)
         _, status = os.waitpid(process, 0)
     if verdict:
-        return "true" if verdict == b"1" else "false"
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    return "died" if killed else "false"
+        return _REPLIES[verdict]
+    slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU)
+    return LIMIT if slow else DIED
 
 
 def main() -> None:
@@ -97,9 +104,9 @@ def main() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         verdict = attempt(question, cpu_s, wall_s, memory)
-        if verdict == "died":
+        if verdict == DIED:
             verdict = attempt(question, cpu_s, wall_s, memory)
-        print(json.dumps(verdict == "true"), file=replies, flush=True)
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 _MAIN = pathlib.Path(__file__).with_name("worker_main.py")
 START_S, STARTS = 60.0, 5
+# Why a question has no answer.
+LIMIT, DIED = "grading ran past its time or memory", "the grading worker died twice"
 _LOG = logging.getLogger(__name__)
 
 
@@ -49,7 +51,7 @@ class Worker:
         )
         self._left = b""
 
-    def ask(self, question: object, limit_s: float) -> object:
+    def ask(self, question: object, limit_s: float) -> bool | str:
         """The answer to a question.
 
         Raises:
@@ -64,7 +66,7 @@ class Worker:
             raise _Died from error
         return self._read(limit_s)
 
-    def _read(self, limit_s: float) -> object:
+    def _read(self, limit_s: float) -> bool | str:
         assert self.process.stdout is not None
         end, pipe = time.monotonic() + limit_s, self.process.stdout.fileno()
         while b"\n" not in self._left:
@@ -109,14 +111,14 @@ class Pool:
         """The process ids of the living workers."""
         return [worker.process.pid for worker in self._all]
 
-    def map(self, questions: Sequence[object], default: object) -> list[object]:
-        """The answer to each question, in order; `default` where a worker hung, or died twice."""
+    def map(self, questions: Sequence[object]) -> list[bool | str]:
+        """The answer to each question, in order; LIMIT or DIED where there is none."""
         if len(questions) <= 1:
-            return [self._answer(q, default) for q in questions]
+            return [self._answer(q) for q in questions]
         with ThreadPoolExecutor(self.size) as threads:
-            return list(threads.map(lambda q: self._answer(q, default), questions))
+            return list(threads.map(self._answer, questions))
 
-    def _answer(self, question: object, default: object) -> object:
+    def _answer(self, question: object) -> bool | str:
         worker = self._idle.get()
         try:
             for _ in range(2):
@@ -128,11 +130,11 @@ class Pool:
                 except TimeoutError:
                     self._end(worker)
                     worker = None
-                    return default
+                    return LIMIT
                 except _Died:
                     self._end(worker)
                     worker = None
-            return default
+            return DIED
         except BaseException:
             self._end(worker)  # a half-read answer must not become the next question's
             worker = None
