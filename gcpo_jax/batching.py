@@ -35,6 +35,15 @@ def chunks(lengths: Sequence[int], rows: int, multiple: int = 1) -> Iterator[tup
         yield part, min(rows, count_bucket(-(-len(part) // multiple)) * multiple)
 
 
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of the rows begin with, leaving each at least one; none of a single row."""
+    if len(rows) == 1:
+        return 0
+    low, high = min(map(tuple, rows)), max(map(tuple, rows))  # as words: where these agree, so do all between them
+    shortest = min(map(len, rows)) - 1
+    return next((k for k in range(shortest) if low[k] != high[k]), shortest)
+
+
 def pad_rows(rows: Sequence[Sequence[int]], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens[size, width] right-padded with 0, lengths[size]); rows beyond those given are empty."""
     tokens = np.zeros((size, width), np.int32)

@@ -23,6 +23,9 @@ class Model:
     dtype: str = "float32"  # of parameters and activations: "float32" | "bfloat16"; logits, losses and sums are float32
     # What the backward pass recomputes: "none" | "dots" (all but products with parameters) | "full" (each layer whole)
     remat: str = "none"
+    # Of whole sequences, in prefill, scoring and update: "plain" (XLA alone) | "cudnn" (CUDA GPUs, bfloat16) | "splash"
+    # (TPUs) | "auto": the fused kernel where there is one for the device, else plain
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -213,6 +216,7 @@ class Rules:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "plain", "cudnn", "splash"),
     "model.remat": ("none", "dots", "full"),
     "data.task": ("arithmetic", "jsonl"),
     "data.overlap": ("refuse", "allow"),
@@ -339,6 +343,8 @@ def validate(config: Config) -> None:
         need("{problem}" in config.data.prompt, "data.prompt", "must contain {problem}")
         if not config.data.eval_path:
             need(config.data.held_out >= 1, "data.held_out", "must be at least 1 where data.eval_path is empty")
+    if config.model.attention == "cudnn":
+        need(config.model.dtype == "bfloat16", "model.dtype", "must be bfloat16 with model.attention=cudnn")
     if a.objective == "gvpo":
         need(a.causal_factor == "none", "algorithm.causal_factor", "must be none with objective gvpo")
         need(a.kappa == 0, "algorithm.kappa", "must be 0 with objective gvpo")

@@ -21,11 +21,11 @@ from gcpo_jax.scorer import TOKENS_PER_CHUNK
 from gcpo_jax.workload import FRAME_TOKENS, HEADING_TOKENS, Call
 
 # Shares of the data sheet's peaks that a step is assumed to reach; none was measured.
-DENSE, ATTENTION, BANDWIDTH, LINK = 0.4, 0.1, 0.7, 0.5
+DENSE, ATTENTION, KERNEL, BANDWIDTH, LINK = 0.4, 0.1, 0.35, 0.7, 0.5
 COLLECTIVES, LATENCY = 6, 10e-6  # of a decoded layer where several devices share it, and the seconds of each
 
 ASSUMPTIONS = (
-    f"dense products at {DENSE:.0%} of the peak, attention in blocks (plain XLA, no fused kernel) at {ATTENTION:.0%}",
+    f"dense products at {DENSE:.0%} of the peak; attention at {KERNEL:.0%} by a fused kernel, {ATTENTION:.0%} without",
     f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
     f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
     f"contexts are framed by {FRAME_TOKENS} tokens and {HEADING_TOKENS} more a candidate; the problem is the longest",
@@ -33,7 +33,7 @@ ASSUMPTIONS = (
     "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
-    "update temp = gradients (2 or, with KL', 3 x float32) + parameters in the compute dtype + two gathered layers and "
+    "update temp = gradients (2 x float32) + parameters in the compute dtype + two gathered layers and "
     "vocabulary tables with gradient + kept activations (remat full: L r S D b; S = P + n T where rows share P) "
     "+ one layer's backward pass (r S (5 F/t + 8 D + 4 H A/t) b) + 3 x 1,024 tokens' logits; sampler temp = keys and "
     "values of lanes and of waiting prompts + results + one layer's prefill (r S (2 F/t + 4 D + 2 H A/t) b) "
@@ -119,6 +119,7 @@ class Part:
     P: int
     n: int = 0
     T: int = 0
+    attention: str = "plain"  # of the ModelConfig
 
     @property
     def tokens(self) -> int:
@@ -127,22 +128,24 @@ class Part:
 
     @property
     def blocks(self) -> bool:
-        """Whether attention is computed in blocks."""
-        return max(self.P, self.T) > WHOLE_UP_TO
+        """Whether attention is computed in blocks, as every kernel does."""
+        return self.attention != "plain" or max(self.P, self.T) > WHOLE_UP_TO
 
     @property
     def scored(self) -> float:
         """Pairs of query and key that are computed."""
         half = 0.5 if self.blocks else 1.0
-        return half * self.P**2 + self.n * self.T * (self.P + half * self.T)
+        prompts = 1 + self.n if self.attention == "cudnn" else 1  # it computes the prompt's again with every row
+        return prompts * half * self.P**2 + self.n * self.T * (self.P + half * self.T)
 
 
-def _computed(call: Call) -> tuple[int, Part]:
+def _computed(call: Call, attention: str) -> tuple[int, Part]:
     """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
     if call.slots is None:
-        return call.rows, Part(call.width, call.n if call.tokens else 0, call.tokens)
+        return call.rows, Part(call.width, call.n if call.tokens else 0, call.rest + call.tokens, attention)
     alike, common, own = call.slots.beginnings
-    return call.slots.computed // alike, Part(common, alike, own) if alike > 1 else Part(call.width)
+    part = Part(common, alike, own, attention) if alike > 1 else Part(call.width, attention=attention)
+    return call.slots.computed // alike, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +225,8 @@ class Estimator:
         here = resident(self.config, self.model)
         state = here["parameters"] + here["optimizer"]
         widest = max(self._activations(-(-rows // self.row_shards), part) for _, rows, part in self._parts(batch))
-        copies = 2 if batch.kl is None else 3
         cast = here["parameters"] * self._b // 4 if self._b < 4 else 0
-        temp = copies * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
+        temp = 2 * here["parameters"] + cast + self._gathered(True) + widest + self._logits()
         data = sum(x.nbytes for x in jax.tree.leaves(batch)) // self.row_shards
         details = batch.mask.nbytes // self.row_shards * (1 if batch.kl is None else 5)
         return Bytes(state + data, details, temp)
@@ -233,17 +235,17 @@ class Estimator:
         """Of the surrogate and of KL': rows in all, rows of a micro-batch, and what a row is."""
         _, m, T = batch.completions.shape
         whole, at_once = batch.completions.shape[0], max(1, rows_at_a_time(self.config) // m)
-        parts = [(whole, at_once, Part(batch.prompts.shape[1], m, T))]
+        parts = [(whole, at_once, Part(batch.prompts.shape[1], m, T, self.model.attention))]
         if batch.kl is not None:
             M, G, X = batch.kl.contexts.shape
             size = min(M, learner.targets_at_a_time(self.model, self.config))
-            parts.append((M * G, size * G, Part(X, 1, T)))
+            parts.append((M * G, size * G, Part(X, 1, T, self.model.attention)))
         return parts
 
     def call(self, call: Call) -> Bytes:
         """Of the sampler's or the scorer's program."""
         params = local_bytes(models.shapes(self.model), self.model.layout)
-        rows, part = _computed(call)
+        rows, part = _computed(call, self.model.attention)
         rows, inputs = rows // self.row_shards, call.rows // self.row_shards
         temp = self._working(rows * part.tokens, False) + self._scores(rows, part, False) + self._gathered(False)
         temp += rows * part.tokens * self.model.hidden_size * 2 * self._b
@@ -267,7 +269,8 @@ class Estimator:
         )
 
     def _seconds(self, dense: float, attention: float, gathers: float, device: Device) -> float:
-        computing = dense / (DENSE * device.flops) + attention / (ATTENTION * device.flops)
+        share = ATTENTION if self.model.attention == "plain" else KERNEL
+        computing = dense / (DENSE * device.flops) + attention / (share * device.flops)
         fsdp = self._axis("fsdp")
         tables = self._table() * (1 if self.model.tied_embeddings else 2)
         travelling = gathers * (self.model.num_layers * self._layer() + tables) * self._b * (1 - 1 / fsdp)
@@ -276,7 +279,7 @@ class Estimator:
     def call_cost(self, call: Call, device: Device) -> tuple[float, float]:
         """(FLOPs, seconds) of a call on one device."""
         c = self.model
-        rows, part = _computed(call)
+        rows, part = _computed(call, self.model.attention)
         if call.slots is not None:
             rows = rows * call.rows / call.slots.computed  # all of them, in turn
         dense, attention = self._forward(rows, part)

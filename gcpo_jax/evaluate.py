@@ -73,7 +73,7 @@ def evaluate(config: EvalConfig, workdir: pathlib.Path, report: Callable[[str], 
     batches = plan(config, model_config, builder, loaded)
     models.check_weights(config.model.path)
     layout = _layout(config, model_config)
-    model_config = dataclasses.replace(model_config, layout=layout)
+    model_config = models.for_devices(model_config, config.model.attention, layout)
     with contextlib.closing(rundir.open_run(workdir, config, settings.MAY_CHANGE)):
         store.settle(workdir, _state(config, loaded, builder.style, store.fingerprint(config.model.path)))
         stored, graded = store.read(workdir / store.COMPLETIONS), store.read(workdir / store.GRADES)

@@ -182,7 +182,9 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
 
     phi_rest = np.zeros((M, T), np.float32)
     if others:
-        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T)
+        # With shared sampling the contexts of a target differ in the integrated output at their end alone.
+        alike = len(others) // len(targets) if actor.config.algorithm.sampling == "shared" else 1
+        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike)
         np.add.at(
             phi_rest,
             [m for m, _ in others],
@@ -250,8 +252,8 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
             completions, lengths = batch.completions.reshape(-1, T)[kl.row], batch.lengths.ravel()[kl.row]
             rows = (kl, completions, lengths, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
             parts = kl.row.shape[0] // targets_at_a_time(model_config, config)
-            more, kl_loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, parts, layout)
-            grads, loss = jax.tree.map(jnp.add, grads, more), loss + kl_loss
+            # On top of the first sums: a second tree of gradients beside them would be as large as the parameters.
+            grads, loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, parts, layout, (grads, loss))
             tokens = jnp.sum(batch.mask[kl.row] * jnp.sign(kl.weight)[:, None])
             metrics |= {name: jnp.sum(value) / tokens for name, value in sums.items()}
             details |= {name: value.reshape(-1, T) for name, value in per_token.items()}
@@ -268,10 +270,14 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
     return jax.jit(update, donate_argnums=0, in_shardings=(state, rows), out_shardings=(state, same, rows))
 
 
-def accumulate(loss, params, rows, parts: int, layout: Layout | None = None):
-    """Sum of loss(params, part) and of its gradient over so many parts of the rows; the other outputs, stacked."""
+def accumulate(loss, params, rows, parts: int, layout: Layout | None = None, start=None):
+    """Sum of loss(params, part) and of its gradient over so many parts of the rows; the other outputs, stacked.
+
+    Args:
+      start: (gradient, loss) that the sums begin with; None: zeros.
+    """
     cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
-    zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if start is None else start
     if layout is not None:
         cut = layout.constrain(cut, "parts")
         shardings = layout.shardings(params)
@@ -283,7 +289,7 @@ def accumulate(loss, params, rows, parts: int, layout: Layout | None = None):
             total = (jax.lax.with_sharding_constraint(total[0], shardings), total[1])
         return total, aux
 
-    (grads, value), aux = jax.lax.scan(add, zero, cut)
+    (grads, value), aux = jax.lax.scan(add, start, cut)
     return grads, value, aux
 
 

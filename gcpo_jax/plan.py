@@ -37,6 +37,7 @@ from gcpo_jax import (
 from gcpo_jax import config as config_lib
 from gcpo_jax.estimate import Bytes
 from gcpo_jax.hardware import GIB
+from gcpo_jax.models import kernels
 from gcpo_jax.models.architectures import ARCHITECTURES
 
 HEADROOM = 0.08  # of a device's memory: fragments, and what the runtime itself holds
@@ -119,7 +120,15 @@ def compile_call(
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
 
     if call.slots is None:
-        completions = ints(call.rows, call.n, call.tokens), ints(call.rows, call.n)
+        counts = ints(call.rows, call.n)
+        if call.rest:
+            arrays = ints(call.rows, call.n, call.rest + call.tokens), counts, counts
+            return compiled_bytes(
+                scorer._ending_logprobs.lower(
+                    model_config, params, tokens, lengths, *arrays, width=call.tokens, temperature=temperature
+                )
+            )
+        completions = ints(call.rows, call.n, call.tokens), counts
         program = scorer._completion_logprobs
         return compiled_bytes(program.lower(model_config, params, tokens, lengths, *completions, temperature))
     real = jax.ShapeDtypeStruct((call.rows,), jnp.bool, sharding=rows)
@@ -175,6 +184,10 @@ def plan(
       ConfigError: for settings that no hardware would make right.
     """
     mean = config.rollout.max_new_tokens // 2 if mean is None else mean
+    attention = kernels.choose(
+        config.model.attention, config.model.dtype, model.head_dim, "cuda" if topology.sort == "gpu" else topology.sort
+    )
+    model = dataclasses.replace(model, attention=attention)
     devices, compiler = hardware.compile_devices(topology)
     mesh = (
         partition.abstract_mesh(config.mesh, topology.count)
@@ -230,6 +243,7 @@ def plan(
         "devices": topology.count,
         "device": dataclasses.asdict(topology.device),
         "mesh": dict(mesh.shape),
+        "attention": attention,
         "parameters": sum(x.size for x in jax.tree.leaves(models.shapes(model_config))),
         "method": "estimated" if devices is None else "compiled",
         "compiler": compiler,  # or why there is none
@@ -280,7 +294,7 @@ def table(report: dict[str, Any]) -> str:
     how = f"compiled by {report['compiler']}" if report["method"] == "compiled" else f"estimated: {report['compiler']}"
     lines = [
         f"{report['topology']}: {report['devices']} devices of {memory / GIB:.1f} GiB, mesh {mesh}",
-        f"{report['parameters'] / 1e9:.2f}e9 parameters; memory {how}",
+        f"{report['parameters'] / 1e9:.2f}e9 parameters, attention {report['attention']}; memory {how}",
         "",
         f"on each device between programs, {unit}",
         *(f"  {name:<34}{size / size_of:8.2f}" for name, size in report["resident"].items()),

@@ -85,8 +85,8 @@ class Actor:
             alike=alike,
         )
 
-    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
-        """log π(completion | prompt) token by token, [R, width]."""
+    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+        """log π(completion | prompt) token by token, [R, width]; alike: see scorer.score."""
         rollout = self.config.rollout
         return scorer.score(
             self.model_config,
@@ -96,6 +96,7 @@ class Actor:
             width=width,
             temperature=rollout.temperature,
             max_rows=rollout.max_rows,
+            alike=alike,
         )
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:

@@ -13,7 +13,15 @@ from gcpo_jax.config import ConfigError, flatten
 # What may differ when a run goes on: these change what is written down or where it is computed, never a number of the
 # run beyond rounding.
 MAY_CHANGE = frozenset(
-    {"checkpoint.every", "checkpoint.keep", "train.log_groups", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+    {
+        "checkpoint.every",
+        "checkpoint.keep",
+        "train.log_groups",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "model.attention",
+    }
 )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gcpo_jax import models, slots
-from gcpo_jax.batching import bucket, count_bucket, largest_share, pad_rows
+from gcpo_jax.batching import bucket, common, count_bucket, largest_share, pad_rows
 from gcpo_jax.partition import fetch, put_rows
 
 
@@ -124,6 +124,7 @@ def sample(
             top_k=int(top_k),
             top_p=float(top_p),
             eos_ids=tuple(int(e) for e in eos_ids),
+            apart=layout is None and jax.default_backend() == "cpu",
         )
         running.append((rows, out))
     for rows, out in running:
@@ -181,12 +182,6 @@ def calls(
             own = max(max(lengths[g * alike : (g + 1) * alike]) - shared[g] for g in groups)
             beginnings = (alike, min(width, bucket(max(shared[g] for g in groups))), min(width, bucket(own)))
         yield groups, Call(prompts, width, together, lanes, computed, beginnings)
-
-
-def common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of the prompts begin with, leaving each at least one."""
-    shortest = min(map(len, prompts)) - 1
-    return next((k for k in range(shortest) if len({p[k] for p in prompts}) > 1), shortest) if len(prompts) > 1 else 0
 
 
 def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
-from gcpo_jax.batching import bucket, chunks, largest_share, pad_rows
+from gcpo_jax.batching import bucket, chunks, common, largest_share, pad_rows
 from gcpo_jax.partition import fetch, put_rows
 
 # Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
@@ -40,8 +40,34 @@ def completion_logprobs(
       prompt_lengths: at least 1.
       remat: as in models.encode.
     """
-    B, n, T = completions.shape
     hidden = models.encode_shared(model_config, params, prompts, prompt_lengths, completions, remat=remat)
+    return _logprobs(model_config, params, hidden, completions, lengths, temperature)
+
+
+def ending_logprobs(
+    model_config: models.ModelConfig,
+    params: dict,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    rows: Int[Array, "B n W"],
+    starts: Int[Array, "B n"],
+    lengths: Int[Array, "B n"],
+    width: int,
+    temperature: float = 1.0,
+) -> Float[Array, "B n T"]:
+    """log π of the end of what follows a prompt: of a row's `lengths` tokens from column `starts` on; T = width.
+
+    So prompts that only begin alike share what they have in common; `rows` are what is left of each and a completion.
+    """
+    hidden = models.encode_shared(model_config, params, prompts, prompt_lengths, rows)
+    columns = jnp.minimum(starts[..., None] + jnp.arange(width)[None, None], rows.shape[2] - 1)
+    hidden = jnp.take_along_axis(hidden, columns[..., None], axis=2)
+    targets = jnp.take_along_axis(rows, columns, axis=2)
+    return _logprobs(model_config, params, hidden, targets, lengths, temperature)[0]
+
+
+def _logprobs(model_config, params, hidden, completions, lengths, temperature):
+    B, n, T = completions.shape
     flat = hidden.reshape(B, n * T, -1), completions.reshape(B, n * T)
     valid = jnp.arange(T)[None, None, :] < lengths[..., None]
     logp, entropy = (x.reshape(B, n, T) for x in _chunked(model_config, params, *flat, temperature))
@@ -75,6 +101,7 @@ def _chunked(model_config, params, hidden, targets, temperature):
 
 
 _completion_logprobs = jax.jit(completion_logprobs, static_argnames=("model_config", "temperature", "remat"))
+_ending_logprobs = jax.jit(ending_logprobs, static_argnames=("model_config", "width", "temperature"))
 
 
 @functools.partial(jax.jit, static_argnames=("model_config",))
@@ -92,8 +119,13 @@ def score(
     width: int,
     temperature: float = 1.0,
     max_rows: int = 512,
+    alike: int = 1,
 ) -> Float[np.ndarray, "R T"]:
     """log π(completion | prompt) token by token, [R, width] float32, 0 beyond each completion.
+
+    Args:
+      alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
+        Where some have no first token in common, each is computed by itself.
 
     Raises:
       ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.
@@ -105,18 +137,35 @@ def score(
     result = np.zeros((len(prompts), width), np.float32)
     running = []
     layout = model_config.layout
-    for entries, call in calls(prompts, completions, max_rows, 1 if layout is None else layout.row_shards):
-        shared, own = [prompts[rows[0]] for rows in entries], [completions[r] for rows in entries for r in rows]
-        ids, prompt_lengths = pad_rows(shared, call.prompts, call.width)
-        tokens, lengths = pad_rows(own, call.prompts * call.n, call.tokens)
-        by_entry = tokens.reshape(call.prompts, call.n, -1), lengths.reshape(call.prompts, call.n)
+    for entries, call in calls(prompts, completions, max_rows, 1 if layout is None else layout.row_shards, alike):
+        rows = [r for entry in entries for r in entry.rows]
+        starts = [len(prompts[r]) - entry.shared for entry in entries for r in entry.rows]
+        own = [[*prompts[r][len(prompts[r]) - start :], *completions[r]] for r, start in zip(rows, starts, strict=True)]
+        ids, prompt_lengths = pad_rows([prompts[e.rows[0]][: e.shared] for e in entries], call.prompts, call.width)
+        tokens, lengths = pad_rows(own, call.prompts * call.n, call.rest + call.tokens)
+        starts = np.pad(np.array(starts, np.int32), (0, len(lengths) - len(starts)))
+        shape = (call.prompts, call.n)
+        by_entry = tokens.reshape(*shape, -1), starts.reshape(shape), (lengths - starts).reshape(shape)
         inputs = put_rows(layout, ids, np.maximum(prompt_lengths, 1), *by_entry)
-        running.append((entries, _completion_logprobs(model_config, params, *inputs, float(temperature))[0]))
-    for entries, logp in running:
-        rows = [r for entry in entries for r in entry]
+        if call.rest:
+            logp = _ending_logprobs(model_config, params, *inputs, call.tokens, float(temperature))
+        else:
+            ids, prompt_lengths, tokens, _, lengths = inputs
+            logp, _ = _completion_logprobs(
+                model_config, params, ids, prompt_lengths, tokens, lengths, float(temperature)
+            )
+        running.append((rows, logp))
+    for rows, logp in running:
         columns = fetch(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
         result[rows, : columns.shape[1]] = columns
     return result
+
+
+class Entry(NamedTuple):
+    """Rows that share the computation of the tokens that their prompts begin with."""
+
+    rows: list[int]
+    shared: int  # of these tokens
 
 
 class Call(NamedTuple):
@@ -126,27 +175,45 @@ class Call(NamedTuple):
     n: int
     width: int  # P
     tokens: int  # T
+    rest: int  # of prompts, behind what they share
 
 
 def calls(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], max_rows: int, shards: int = 1
-) -> Iterator[tuple[list[list[int]], Call]]:
-    """The device calls for these rows: which rows have each prompt, and the shapes.
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    max_rows: int,
+    shards: int = 1,
+    alike: int = 1,
+) -> Iterator[tuple[list[Entry], Call]]:
+    """The device calls for these rows: which rows share a prompt or its beginning, and the shapes.
 
     Where every prompt has equally many completions, as a group's candidates, they share its computation.
     """
+    entries, n = _entries(prompts, max_rows // shards, alike)
+    longest = [e.shared + max(len(prompts[r]) - e.shared + len(completions[r]) for r in e.rows) for e in entries]
+    for part, size in chunks(longest, max(1, max_rows // n), shards):
+        called = [entries[k] for k in part]
+        width = bucket(max(e.shared for e in called))
+        tokens = bucket(max(1, *(len(completions[r]) for e in called for r in e.rows)))
+        rest = max(len(prompts[r]) - e.shared for e in called for r in e.rows)
+        yield called, Call(size, n, width, tokens, bucket(rest) if rest else 0)
+
+
+def _entries(prompts: Sequence[Sequence[int]], limit: int, alike: int) -> tuple[list[Entry], int]:
+    """Rows by what they share, at most `limit` together, and how many each entry has."""
+    if alike > 1 and largest_share(alike, limit) > 1:
+        n = largest_share(alike, limit)
+        parts = [list(range(k, k + n)) for k in range(0, len(prompts), n)]
+        entries = [Entry(rows, common([prompts[r] for r in rows])) for rows in parts]
+        if all(e.shared for e in entries):
+            return entries, n
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for r, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(r)
     counts = {len(rows) for rows in by_prompt.values()}
-    n = largest_share(counts.pop(), max_rows // shards) if len(counts) == 1 else 1
-    entries = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
-    longest = [len(prompts[rows[0]]) + max(len(completions[r]) for r in rows) for rows in entries]
-    for part, size in chunks(longest, max(1, max_rows // n), shards):
-        called = [entries[e] for e in part]
-        width = bucket(max(len(prompts[rows[0]]) for rows in called))
-        tokens = bucket(max(1, *(len(completions[r]) for rows in called for r in rows)))
-        yield called, Call(size, n, width, tokens)
+    n = largest_share(counts.pop(), limit) if len(counts) == 1 else 1
+    parts = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
+    return [Entry(rows, len(prompts[rows[0]])) for rows in parts], n
 
 
 def last_hidden(

@@ -30,8 +30,8 @@ class Lanes(NamedTuple):
     uniforms: jax.Array  # [B, m, T] ring
     tokens: jax.Array  # [B, m, T] ring
     logprobs: jax.Array  # [B, m, T] ring
-    prompt: models.Cache  # [L, B, K, P, A]
-    own: models.Cache  # [L, B, m, K, T, A] ring
+    prompt: models.Caches  # [L, B, K, P, A]
+    own: models.Caches  # [L, B, m, K, T, A] ring
 
 
 class Queue(NamedTuple):
@@ -82,7 +82,7 @@ def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> C
     jax.jit,
     static_argnames=(
         *("model_config", "n", "together", "lanes", "computed", "beginnings", "max_new_tokens"),
-        *("temperature", "top_k", "top_p", "eos_ids"),
+        *("temperature", "top_k", "top_p", "eos_ids", "apart"),
     ),
 )
 def run(
@@ -105,6 +105,7 @@ def run(
     top_k: int,
     top_p: float,
     eos_ids: tuple[int, ...],
+    apart: bool = False,
 ) -> tuple[Int[Array, "Q n T"], Float[Array, "Q n T"], Int[Array, "Q n"]]:
     """n completions of each prompt: tokens, their log-probabilities, and how many of the T there are.
 
@@ -116,6 +117,7 @@ def run(
       lanes: B, a multiple of the shards.
       computed: F, prompts computed together; a multiple of the shards.
       beginnings: every so many prompts begin alike (1: none does); the widths of what they share and of the rest.
+      apart: layers apart (models.by_layer) in the steps, at the price of one more copy of them; not on a mesh.
     """
     c, m, T, layout = model_config, together, max_new_tokens, model_config.layout
     shards = 1 if layout is None else layout.row_shards
@@ -189,12 +191,16 @@ def run(
             "uniforms": uniforms[..., (ring - t) % T],
         }
         placed = {name: getattr(lanes, name).at[at].set(value, mode="drop") for name, value in new.items()}
-        cache = (
-            x.at[:, at].set(computed[:, in_chunk], mode="drop")
-            for x, computed in zip(lanes.prompt, queue.cache, strict=True)
-        )
+        if apart:
+            cache = jax.tree.map(
+                lambda x, new: x.at[at].set(new[in_chunk], mode="drop"), lanes.prompt, models.by_layer(queue.cache)
+            )
+        else:
+            cache = jax.tree.map(
+                lambda x, new: x.at[:, at].set(new[:, in_chunk], mode="drop"), lanes.prompt, queue.cache
+            )
         queue = queue._replace(taken=queue.taken + takes.sum(dtype=jnp.int32))
-        return results, lanes._replace(**placed, prompt=tuple(cache)), queue
+        return results, lanes._replace(**placed, prompt=cache), queue
 
     def draw(hidden, u):
         logits = models.unembed(c, params, hidden)
@@ -219,7 +225,7 @@ def run(
         drawn, logp = draw(lanes.hidden, read(lanes.uniforms))
         count = lanes.count + jnp.where(lanes.done, 0, 1)
         age = jnp.minimum(t - lanes.start, T - 1)
-        hidden, own = models.decode_step(c, params, drawn, column, age, lanes.lengths, lanes.prompt, lanes.own)
+        hidden, own = models.decode_step(c, layers, drawn, column, age, lanes.lengths, lanes.prompt, lanes.own)
         return t + 1, lanes._replace(
             hidden=hidden,
             done=lanes.done | jnp.isin(drawn, ends) | (count == T),
@@ -252,7 +258,13 @@ def run(
         shape, dtype = (c.num_layers, size, c.num_kv_heads, prompts.shape[1], c.head_dim), c.dtype
         return models.constrain(c, (zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype)), "prompt_cache")
 
-    b, D = shards * B, c.hidden_size
+    def as_used(stacked):
+        return models.by_layer(stacked) if apart else stacked
+
+    b, D, layers = shards * B, c.hidden_size, {**params, "layers": as_used(params["layers"])}
+    own = as_used(models.init_cache(c, b, m, T))
+    if apart and m == 1:
+        own = jax.tree.map(lambda x: x[:, 0], own)
     state = (
         jnp.int32(0),
         Results(
@@ -268,8 +280,8 @@ def run(
             uniforms=zeros(b, m, T),
             tokens=zeros(b, m, T, dtype=jnp.int32),
             logprobs=zeros(b, m, T),
-            prompt=prompt_cache(b),
-            own=models.init_cache(c, b, m, T),
+            prompt=as_used(prompt_cache(b)),
+            own=own,
         ),
         Queue(
             prompts=prompts,

@@ -4,7 +4,6 @@ train() is Algorithm 1 of the paper, top to bottom; everything it calls is in th
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pathlib
@@ -69,9 +68,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     models.check_weights(config.model.path)
     processes.check_same("problems", tasks.fingerprint((*problems, *held_out)))
     layout = partition.layout_of(config, model_config)
-    model_config = dataclasses.replace(model_config, layout=layout)
     run = rundir.open_run(workdir, config)
 
+    model_config = models.for_devices(model_config, config.model.attention, layout)
     _, params = models.load_pretrained(config.model.path, "float32", layout.mesh if layout else None)
     mu = config.learner.updates_per_batch
     ref_params = None

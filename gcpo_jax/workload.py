@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from gcpo_jax import learner, models, rollout, sampler, scorer
-from gcpo_jax.batching import bucket, chunks
+from gcpo_jax.batching import bucket, chunks, common
 from gcpo_jax.config import Config
 from gcpo_jax.contexts import ContextBuilder, Ids
 from gcpo_jax.metrics import Timers
@@ -34,6 +34,7 @@ class Call:
     width: int  # padded tokens of the prompt, or of the row
     n: int = 1  # completions of a prompt
     tokens: int = 0  # T, the most that are generated, or the padded completion that is scored
+    rest: int = 0  # of the scorer: padded tokens between what prompts share and the completion
     steps: int = 0  # decoded until the longest row ended
     slots: sampler.Call | None = None  # of the sampler
 
@@ -97,7 +98,7 @@ class _Recorder(rollout.Actor):
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:
             lengths = np.minimum(self.rng.integers(1, 2 * self.mean, size), max_new_tokens)
-        shared = [sampler.common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
+        shared = [common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
         at_once = self.config.rollout.max_rows
         planned = sampler.calls([len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, shared)
         for groups, call in planned:
@@ -110,9 +111,10 @@ class _Recorder(rollout.Actor):
                 done(b, group)
         return Samples(tokens, [])
 
-    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> np.ndarray:
-        for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards):
-            self._note("scorer", rows=call.prompts, width=call.width, n=call.n, tokens=call.tokens)
+    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+        for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards, alike):
+            shapes = {"rows": call.prompts, "width": call.width, "n": call.n, "tokens": call.tokens}
+            self._note("scorer", **shapes, rest=call.rest)
         return np.zeros((len(prompts), width), np.float32)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:

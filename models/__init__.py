@@ -1,19 +1,23 @@
 """Flax NNX ports of Qwen2/2.5, Qwen3 and Llama; nothing here knows of reinforcement learning."""
 
 from gcpo_jax.models.config import ModelConfig, ModelError, read_config
-from gcpo_jax.models.decode import Cache, decode_step, init_cache, prefill, prefill_shared
+from gcpo_jax.models.decode import Cache, Caches, by_layer, decode_step, init_cache, prefill, prefill_shared
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
+from gcpo_jax.models.kernels import for_devices
 from gcpo_jax.models.qwen import constrain, encode, encode_shared, forward, init_params, shapes, unembed
 
 __all__ = [
     "Cache",
+    "Caches",
     "ModelConfig",
     "ModelError",
+    "by_layer",
     "check_weights",
     "constrain",
     "decode_step",
     "encode",
     "encode_shared",
+    "for_devices",
     "forward",
     "init_cache",
     "init_params",

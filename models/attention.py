@@ -16,16 +16,10 @@ BLOCK = 512
 
 
 def causal_attention(
-    q: Float[Array, "R S K G A"], k: Float[Array, "R S K A"], v: Float[Array, "R S K A"], lengths: Int[Array, " R"]
+    q: Float[Array, "R S K G A"], k: Float[Array, "R S K A"], v: Float[Array, "R S K A"]
 ) -> Float[Array, "R S K G A"]:
-    """Attention of every position to itself and those before it; results at or beyond a row's length mean nothing."""
-    S = q.shape[1]
-    if S > WHOLE_UP_TO:
-        return in_blocks(q, k, v, None, BLOCK)[0]
-    visible = _causal(S)[None] & (jnp.arange(S)[None, None, :] < lengths[:, None, None])
-    scores = _product("rqkga,rska->rkgqs", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
-    return jnp.einsum("rkgqs,rska->rqkga", weights, v)
+    """Attention of every position to itself and those before it, so that padding behind a row counts for nothing."""
+    return _attend(q, k, v, None, q.shape[1])[0]
 
 
 def shared_attention(
@@ -37,33 +31,86 @@ def shared_attention(
     prompt_lengths: Int[Array, " B"],
 ) -> Float[Array, "B n T K G A"]:
     """Attention of every row to the prompt that it shares and, causally, to itself: one softmax over both."""
-    B, n, T, K, G, A = q.shape
-    P = prompt_k.shape[1]
-    if max(P, T) > WHOLE_UP_TO:
-        own, own_sums = in_blocks(*(x.reshape(B * n, *x.shape[2:]) for x in (q, k, v)), None, BLOCK)
-        first, sums = in_blocks(q.reshape(B, n * T, K, G, A), prompt_k, prompt_v, prompt_lengths, BLOCK)
-        own_sums, sums = own_sums.reshape(B, n, T, K, G), sums.reshape(B, n, T, K, G)
-        share = jax.nn.sigmoid(sums - own_sums)[..., None]  # of the prompt's weights in all
-        first, own = (x.reshape(q.shape).astype(jnp.float32) for x in (first, own))
-        return (share * first + (1 - share) * own).astype(v.dtype)
-    scale = A**-0.5
-    in_prompt = (jnp.arange(P)[None, :] < prompt_lengths[:, None])[:, None, None, None, None]
-    on_prompt = jnp.where(in_prompt, _product("bntkga,bpka->bnkgtp", q, prompt_k) * scale, -1e30)
-    on_own = jnp.where(_causal(T)[None, None, None, None], _product("bntkga,bnska->bnkgts", q, k) * scale, -1e30)
-    top = jnp.maximum(on_prompt.max(axis=-1, keepdims=True), on_own.max(axis=-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)  # cancels
-    on_prompt, on_own = jnp.exp(on_prompt - top), jnp.exp(on_own - top)
-    total = on_prompt.sum(axis=-1) + on_own.sum(axis=-1)
-    heads = jnp.einsum("bnkgtp,bpka->bntkga", on_prompt.astype(v.dtype), prompt_v)
-    heads = heads + jnp.einsum("bnkgts,bnska->bntkga", on_own.astype(v.dtype), v)
-    return (heads.astype(jnp.float32) / jnp.moveaxis(total, 4, 2)[..., None]).astype(v.dtype)
+    B, n, T = q.shape[:3]
+    longest = max(T, prompt_k.shape[1])
+    own, own_sums = _attend(*(x.reshape(B * n, *x.shape[2:]) for x in (q, k, v)), None, longest)
+    first, sums = _attend(q.reshape(B, n * T, *q.shape[3:]), prompt_k, prompt_v, prompt_lengths, longest)
+    share = jax.nn.sigmoid(sums.reshape(q.shape[:-1]) - own_sums.reshape(q.shape[:-1]))[..., None]  # of the prompt
+    first, own = (x.reshape(q.shape).astype(jnp.float32) for x in (first, own))
+    return (share * first + (1 - share) * own).astype(v.dtype)
+
+
+def _attend(q, k, v, lengths, longest):
+    return in_blocks(q, k, v, lengths, BLOCK) if longest > WHOLE_UP_TO else whole(q, k, v, lengths)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _causal(S: int):
-    return jnp.tril(jnp.ones((S, S), bool))
+@jax.custom_vjp
+def whole(
+    q: Float[Array, "R Q K G A"],
+    k: Float[Array, "R S K A"],
+    v: Float[Array, "R S K A"],
+    lengths: Int[Array, " R"] | None,
+) -> tuple[Float[Array, "R Q K G A"], Float[Array, "R Q K G"]]:
+    """What in_blocks returns, from all scores at once; the backward pass makes them again instead of keeping them.
+
+    Axes are in an order in which hardly a product has to transpose scores, which on a CPU takes as long as the product.
+    """
+    heads, sums = _whole(*_heads_first(q, k, v), lengths)
+    return jnp.moveaxis(heads, 3, 1), jnp.moveaxis(sums, 3, 1)
+
+
+def _heads_first(q, k, v):
+    """q[R, K, G, Q, A], k and v[R, K, S, A]."""
+    return jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _all_scores(q, k, lengths):
+    scores = _product("rkgqa,rksa->rkgqs", q, k) * q.shape[-1] ** -0.5
+    S = k.shape[2]
+    if lengths is None:
+        visible = jnp.tril(jnp.ones((S, S), bool))[None]
+    else:
+        visible = (jnp.arange(S)[None] < lengths[:, None])[:, None]
+    return jnp.where(visible[:, None, None], scores, -1e30)
+
+
+def _whole(q, k, v, lengths):
+    scores = _all_scores(q, k, lengths)
+    top = scores.max(axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = weights.sum(axis=-1)
+    heads = _product("rkgqs,rksa->rkgqa", weights.astype(v.dtype), v) / total[..., None]
+    return heads.astype(v.dtype), top + jnp.log(total)
+
+
+def _whole_kept(q, k, v, lengths):
+    q, k, v = _heads_first(q, k, v)
+    heads, sums = _whole(q, k, v, lengths)
+    return (jnp.moveaxis(heads, 3, 1), jnp.moveaxis(sums, 3, 1)), (q, k, v, lengths, heads, sums)
+
+
+def _whole_backward(kept, cotangents):
+    q, k, v, lengths, heads, sums = kept
+    g, g_sums = (jnp.moveaxis(x, 1, 3) for x in cotangents)
+    mean = _mean_cotangent(g, heads, g_sums)
+    weights = jnp.exp(_all_scores(q, k, lengths) - sums[..., None])
+    dscores = weights * (_product("rkgqa,rksa->rkgqs", g, v) - mean[..., None]) * q.shape[-1] ** -0.5
+    dscores = dscores.astype(q.dtype)
+    dq = jnp.einsum("rkgqs,rksa->rkgqa", dscores, k)
+    dk = jnp.einsum("rkgqs,rkgqa->rksa", dscores, q)
+    dv = jnp.einsum("rkgqs,rkgqa->rksa", weights.astype(g.dtype), g)
+    return jnp.moveaxis(dq, 3, 1), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None
+
+
+def _mean_cotangent(g, heads, g_sums):
+    """Of the softmax: the derivative of a weight is the weight times how far its own term lies above this mean."""
+    return jnp.sum(g.astype(jnp.float32) * heads.astype(jnp.float32), axis=-1) - g_sums
+
+
+whole.defvjp(_whole_kept, _whole_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -149,8 +196,7 @@ def _backward(block, kept, cotangents):
     q, k, v, lengths, heads, sums = kept
     g, g_sums = cotangents
     Q, S, dtype = q.shape[1], k.shape[1], v.dtype
-    # Of the softmax: the derivative of a weight is the weight times how far its own term lies above their mean.
-    mean = jnp.sum(g.astype(jnp.float32) * heads.astype(jnp.float32), axis=-1) - g_sums
+    mean = _mean_cotangent(g, heads, g_sums)
     q, k, v, g, mean = (_cut(x, block) for x in (q, k, v, g, mean))
 
     def queries(totals, inputs):

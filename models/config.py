@@ -31,6 +31,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     max_position: int = 32_768
     dtype: str = "float32"
+    attention: str = "plain"  # | "cudnn" | "splash": see models/kernels.py
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     layout: Layout | None = None  # how its arrays lie on a mesh; None: all on one device

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gcpo_jax.models.attention import causal_attention
+from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
 from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers, run_shared
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
+Caches = Cache | tuple[Cache, ...]  # of layers stacked, or by layer
 
 
 def prefill(
@@ -23,7 +24,7 @@ def prefill(
     """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, lengths), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return kernels.causal(model_config, q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
     cache = constrain(model_config, cache, "prompt_cache")
@@ -81,54 +82,100 @@ def decode_step(
     column: Int[Array, ""],
     age: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    prompt_cache: Cache,
-    own_cache: Cache,
-) -> tuple[Float[Array, "B n D"], Cache]:
+    prompt_cache: Caches,
+    own_cache: Caches,
+) -> tuple[Float[Array, "B n D"], Caches]:
     """Feed each row's latest token, which is its generated token number `age` (from 0).
 
     Args:
       column: of the caches, where this step's keys and values go; the step before wrote the column before, modulo T.
       age: below T. Columns that are more than `age` steps old are not this prompt's and count for nothing.
       lengths: of the prompts; the tokens stand at position lengths + age.
+      params, prompt_cache, own_cache: layers stacked; or all of them by_layer, and own_cache then without n where it is
+        1: with that axis XLA on a CPU writes twice, for the product and for the next step, into copies.
 
     Returns:
       Hidden states after the final norm, and own_cache with the tokens' keys and values written in place.
     """
     c = model_config
     B, n = tokens.shape
-    P, T = prompt_cache[0].shape[3], own_cache[1].shape[4]
+    apart = isinstance(params["layers"], tuple)
+    P, T = (
+        (prompt_cache[0][0].shape[2], own_cache[0][1].shape[-2])
+        if apart
+        else (prompt_cache[0].shape[3], own_cache[1].shape[4])
+    )
     positions = jnp.broadcast_to((lengths + age)[:, None], (B, n))
     in_prompt = (jnp.arange(P)[None, :] < lengths[:, None])[:, None, None, None, :]
     steps_old = (column - jnp.arange(T)) % T
     in_own = (steps_old[None, :] <= age[:, None])[:, None, None, None, :]
 
-    def layer(carry, inputs):
-        x, keys, values = carry
-        number, layer_params, prompt_k, prompt_v = inputs
+    def layer(x, layer_params, prompt_k, prompt_v, store):
+        """The layer after x. store(k, v) writes this step's to the own cache: all its keys and values, and itself."""
 
         def attend(q, k, v):
             q, k, v = constrain(c, q, "step_queries"), *constrain(c, (k, v), "step_keys")
-            # The caches travel in the carry and are written at (layer, column): no copy of them is made.
-            new_keys = jax.lax.dynamic_update_slice(keys, k[None, ..., None], (number, 0, 0, 0, 0, column))
-            new_values = jax.lax.dynamic_update_slice(values, v[None, ..., None, :], (number, 0, 0, 0, column, 0))
-            own_k = jax.lax.dynamic_index_in_dim(new_keys, number, keepdims=False)
-            own_v = jax.lax.dynamic_index_in_dim(new_values, number, keepdims=False)
+            (own_k, own_v), kept = store(k[..., None], v[..., None, :])
             scale = c.head_dim**-0.5
             on_prompt = jnp.einsum("bnkga,bkpa->bnkgp", q, prompt_k, preferred_element_type=jnp.float32)
-            on_own = jnp.einsum("bnkga,bnkat->bnkgt", q, own_k, preferred_element_type=jnp.float32)
+            own_q = q.reshape(*own_k.shape[:-3], *q.shape[2:])
+            on_own = jnp.einsum("...kga,...kat->...kgt", own_q, own_k, preferred_element_type=jnp.float32)
+            on_own = on_own.reshape(*q.shape[:-1], T)
             on_prompt, on_own = jnp.where(in_prompt, on_prompt * scale, -1e30), jnp.where(in_own, on_own * scale, -1e30)
             # One softmax over both parts, divided out at the end: putting them side by side would copy them.
             top = jnp.maximum(on_prompt.max(-1, keepdims=True), on_own.max(-1, keepdims=True))
             on_prompt, on_own = jnp.exp(on_prompt - top), jnp.exp(on_own - top)
             total = on_prompt.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True)
             heads = jnp.einsum("bnkgp,bkpa->bnkga", on_prompt.astype(v.dtype), prompt_v)
-            heads = heads + jnp.einsum("bnkgt,bnkta->bnkga", on_own.astype(v.dtype), own_v)
+            on_own = on_own.astype(v.dtype).reshape(*own_q.shape[:-1], T)
+            heads = heads + jnp.einsum("...kgt,...kta->...kga", on_own, own_v).reshape(q.shape)
             heads = (heads.astype(jnp.float32) / total).astype(v.dtype)
-            return constrain(c, heads, "step_queries"), (new_keys, new_values)
+            return constrain(c, heads, "step_queries"), kept
 
-        x, (keys, values) = block(c, layer_params)(x, positions, attend)
-        return (constrain(c, x, "step_hidden"), *constrain(c, (keys, values), "cache")), None
+        x, kept = block(c, layer_params)(x, positions, attend)
+        return constrain(c, x, "step_hidden"), kept
 
-    start = (constrain(c, params["embed"][tokens], "step_hidden"), *own_cache)
-    (x, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(c.num_layers), params["layers"], *prompt_cache))
-    return final_norm(c, params, x), (keys, values)
+    def write(cache, number, k, v):
+        """At (layer, column) of caches in the carry: no copy of them is made."""
+        at = (number, *(0,) * 4)
+        keys = jax.lax.dynamic_update_slice(cache[0], k[None], (*at, column))
+        return keys, jax.lax.dynamic_update_slice(cache[1], v[None], (*at[:4], column, 0))
+
+    def scanned(carry, inputs):
+        x, cache = carry
+        number, layer_params, prompt_k, prompt_v = inputs
+
+        def store(k, v):
+            new = write(cache, number, k, v)
+            return [jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in new], new
+
+        x, cache = layer(x, layer_params, prompt_k, prompt_v, store)
+        return (x, constrain(c, cache, "cache")), None
+
+    x = constrain(c, params["embed"][tokens], "step_hidden")
+    if apart:
+        new_cache = []
+        for layer_params, prompt, own in zip(params["layers"], prompt_cache, own_cache, strict=True):
+
+            def store(k, v, own=own):
+                k, v = k.reshape(*own[0].shape[:-1], 1), v.reshape(*own[1].shape[:-2], 1, c.head_dim)
+                keys = jax.lax.dynamic_update_slice_in_dim(own[0], k, column, axis=-1)
+                new = keys, jax.lax.dynamic_update_slice_in_dim(own[1], v, column, axis=-2)
+                return new, new
+
+            x, new = layer(x, layer_params, *prompt, store)
+            new_cache.append(new)
+        return final_norm(c, params, x), tuple(new_cache)
+    inputs = (jnp.arange(c.num_layers), params["layers"], *prompt_cache)
+    (x, own_cache), _ = jax.lax.scan(scanned, (x, own_cache), inputs)
+    return final_norm(c, params, x), own_cache
+
+
+def by_layer(tree):
+    """A tuple of the layers' trees of a tree that has them stacked on axis 0.
+
+    A loop over stacked layers copies a layer's parameters and caches out of the stack before it computes with them,
+    where the backend does not read them in place: on a CPU up to a third of a step.
+    """
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, k=k: x[k], tree) for k in range(count))

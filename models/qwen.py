@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float, Int
 
-from gcpo_jax.models.attention import causal_attention, shared_attention
+from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -26,6 +26,30 @@ def rms_norm(x, weight, eps: float):
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * _along_last(weight, x)
+
+
+@jax.custom_vjp
+def product(x, kernel):
+    """x[..., d] @ kernel[d, f].
+
+    The derivative is the same as without this rule, in an order of axes that no backend has to transpose: XLA on a CPU
+    else copies the cotangent of every hidden layer column by column, which takes longer than the products.
+    """
+    return jnp.einsum("...d,df->...f", x, kernel)
+
+
+def _product_kept(x, kernel):
+    # The bare product, so that a policy of what to keep sees it.
+    return jnp.einsum("...d,df->...f", x, kernel), (x, kernel)
+
+
+def _product_backward(kept, g):
+    x, kernel = kept
+    rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return jnp.einsum("...f,df->...d", g, kernel), jnp.einsum("rd,rf->df", *rows)
+
+
+product.defvjp(_product_kept, _product_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -49,7 +73,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """Map the last axis."""
-        y = jnp.einsum("...d,df->...f", x, self.kernel[...])
+        y = product(x, self.kernel[...])
         return y if self.bias is None else y + _along_last(self.bias[...], y)
 
 
@@ -210,11 +234,12 @@ def encode(
     """Hidden states after the final norm; those at or beyond a row's length mean nothing.
 
     Args:
+      lengths: of the rows, for who reads the call: causal attention never looks at the padding behind a row.
       remat: what a backward pass computes again: "none" | "dots" (all but products with parameters) | "full".
     """
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, lengths), None
+        return kernels.causal(model_config, q, k, v), None
 
     return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
 
@@ -235,8 +260,8 @@ def run_shared(c: ModelConfig, params: Params, prompts, lengths, completions, re
 
     def attend(q, k, v):
         (q, own_q), (k, own_k), (v, own_v) = map(parts, (q, k, v))
-        heads = shared_attention(own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
-        heads = jnp.concatenate([causal_attention(q, k, v, lengths), heads], axis=1)
+        heads = kernels.shared(c, own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
+        heads = jnp.concatenate([kernels.causal(c, q, k, v), heads], axis=1)
         cache = (k.swapaxes(1, 2), v.swapaxes(1, 2)), (own_k.swapaxes(2, 3), own_v.swapaxes(2, 3))
         return heads, cache if keep_cache else None
 
@@ -269,9 +294,12 @@ def encode_shared(
 
 def unembed(model_config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """Logits in float32."""
+    rows = hidden.reshape(-1, hidden.shape[-1])  # one axis: the table's gradient then needs no transposed copy
     if model_config.tied_embeddings:
-        return jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=jnp.float32)
-    return jnp.einsum("...d,dv->...v", hidden, params["unembed"], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("rd,vd->rv", rows, params["embed"], preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("rd,dv->rv", rows, params["unembed"], preferred_element_type=jnp.float32)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def forward(

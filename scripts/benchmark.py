@@ -5,6 +5,7 @@
     python scripts/benchmark.py ragged --tunix=PYTHON --trl=PYTHON       256 completions of unequal length, 32 at a time
     python scripts/benchmark.py shared                                   what n samples of a long prompt share
     python scripts/benchmark.py gcpo --smollm2=DIR --data TRAIN HELD     steps of gcpo against steps of grpo
+    python scripts/benchmark.py paper                                    steps of gcpo_paper against a loop
     python scripts/benchmark.py startup                                  the command until its first update
     python scripts/benchmark.py roofline                                 against the device's bandwidth and matrix peak
 
@@ -97,6 +98,7 @@ def step(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Cont
         spec = {"work": "step", "directory": write_model(scratch, shape), "model": MODELS[shape], **BATCH}
         spec |= {"end_ids": never(shape), "beta": args.beta, "preset": "grpo"}
         spec["changes"] = {"algorithm.beta": args.beta, "learner.micro_batch": 16, "rollout.max_rows": 32}
+        spec["changes"]["model.remat"] = "dots"  # on a CPU faster than reading back all that was kept
         cases[f"{shape}, beta {args.beta:g}"] = against_peers(args, [ours("gcpo_jax", spec)], spec)
     return cases
 
@@ -148,6 +150,16 @@ def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Cont
                 ours("gcpo", spec | {"preset": "gcpo", "changes": spec["changes"] | only_gcpo}),
             ]
     return cases
+
+
+def paper(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
+    """Steps of gcpo_paper, whole, and the same steps by the loop of tests/context_by_context.py."""
+    spec = {"directory": write_model(scratch, args.shape), "model": MODELS[args.shape], "end_ids": never(args.shape)}
+    spec |= BATCH | {"prompts": 1, "new_tokens": args.tokens, "preset": "gcpo_paper"}
+    spec["changes"] = {"contexts.cap": args.tokens, "learner.micro_batch": 8, "rollout.max_rows": 64}
+    spec["changes"] |= {"learner.learning_rate": 0.0}
+    mine, loop = (ours(name, spec | {"work": work}) for name, work in (("gcpo_paper", "step"), ("the loop", "loop")))
+    return {f"{args.shape}, {args.tokens} tokens": [mine, loop]}
 
 
 def roofline(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
@@ -227,6 +239,7 @@ WORKS = {
     "ragged": (ragged, "tokens/s"),
     "shared": (shared, "seconds"),
     "gcpo": (gcpo, "seconds"),
+    "paper": (paper, "seconds"),
     "roofline": (roofline, "tokens/s"),
 }
 
@@ -254,6 +267,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument("--cases", nargs="+", default=["paper", "tiny", "smollm2"])
             sub.add_argument("--smollm2", metavar="DIR", help="a model directory; without it that case is left out")
             sub.add_argument("--data", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="of scripts/word_problems.py")
+        if name == "paper":
+            sub.add_argument("--shape", choices=list(MODELS), default="small")
+            sub.add_argument("--tokens", type=int, default=48, help="of candidates, integrated outputs and roll-outs")
         if name == "startup":
             sub.add_argument("--variant", default="gcpo")
         if name == "roofline":

@@ -194,6 +194,8 @@ def test_prompts_that_are_too_long_are_refused_where_asked_or_where_none_is_left
         ("rollout.queries", "many", "--config.rollout.queries=many: invalid literal for int()"),
         ("rollout.queries", "2.5", "--config.rollout.queries=2.5: invalid literal for int()"),
         ("model.dtype", "float16", "model.dtype='float16': must be one of float32, bfloat16"),
+        ("model.attention", "flash", "model.attention='flash': must be one of auto, plain, cudnn, splash"),
+        ("model.attention", "cudnn", "model.dtype='float32': must be bfloat16 with model.attention=cudnn"),
         ("train.audit_steps", "first", "train.audit_steps=['first']: must be whole numbers"),
         ("data.reward", "tasks.nothing.reward", "data.reward='tasks.nothing.reward': module gcpo_jax.tasks.nothing"),
         ("data.reward", "tasks.math.nothing", "data.reward='tasks.math.nothing': gcpo_jax.tasks.math has no function"),

@@ -108,13 +108,15 @@ def test_cache_bytes_are_those_that_sampling_allocates(mesh):
     assert estimate.cache_bytes(model, call) == on_device(caches(params))
 
 
-def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
+@pytest.mark.parametrize("preset", ["gcpo", "gcpo_paper"])
+def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
     """Only the device programs are stood in for: batching, padding and phases are the run's own."""
-    c, model = laid_out((1, 1, 1))
+    _, model = laid_out((1, 1, 1))
+    c = config(preset=preset)
     made = collections.Counter()
 
     def sampled(model_config, params, prompts, lengths, index, real, common, key, *, n, max_new_tokens, **_):
-        made["sampler", prompts.shape, n, max_new_tokens] += 1
+        made["sampler", prompts.shape, n, max_new_tokens, 0] += 1
         size = (len(prompts), n)
         return (
             np.zeros((*size, max_new_tokens), np.int32),
@@ -123,15 +125,20 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
         )
 
     def scored(model_config, params, prompts, prompt_lengths, completions, lengths, temperature):
-        made["scorer", prompts.shape, *completions.shape[1:]] += 1
+        made["scorer", prompts.shape, *completions.shape[1:], 0] += 1
         return np.zeros(completions.shape, np.float32), None
 
+    def ending(model_config, params, prompts, prompt_lengths, rows, starts, lengths, width, temperature):
+        made["scorer", prompts.shape, rows.shape[1], width, rows.shape[2] - width] += 1
+        return np.zeros((*starts.shape, width), np.float32)
+
     def hidden(model_config, params, tokens, lengths):
-        made["hidden", tokens.shape, 1, 0] += 1
+        made["hidden", tokens.shape, 1, 0, 0] += 1
         return np.ones((len(tokens), model_config.hidden_size), np.float32)
 
     monkeypatch.setattr(slots, "run", sampled)
     monkeypatch.setattr(scorer, "_completion_logprobs", scored)
+    monkeypatch.setattr(scorer, "_ending_logprobs", ending)
     monkeypatch.setattr(scorer, "_last_hidden", hidden)
     # Equal sequences are represented once: every one asked for is told apart here.
     monkeypatch.setattr(scorer, "dict", SimpleNamespace(fromkeys=lambda keys: list(keys)), raising=False)
@@ -141,7 +148,8 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     exp = rollout.collect(actor, lambda *_: float(next(turns) % 2), rows, 0, metrics.Timers())
     batch = learner.make_batch(actor, {"a": 1}, exp)
     calls, planned = workload.step(c, model)
-    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens) for k in calls) == made
+    assert any(k.rest for k in calls) == (preset == "gcpo_paper")
+    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest) for k in calls) == made
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), batch, planned)
 
     made.clear()
@@ -149,7 +157,7 @@ def test_the_calls_are_those_that_a_real_actor_makes(monkeypatch):
     held_out.accuracy(actor, lambda *_: 1.0, lambda text: text, problems, c.evaluation.samples)
     calls = workload.evaluation(c, model)
     assert {k.phase for k in calls} == {"evaluate"} and c.evaluation.samples > 1
-    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens) for k in calls) == made
+    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest) for k in calls) == made
 
 
 def test_shorter_completions_shorten_what_is_decoded_and_not_what_memory_is_planned_for():

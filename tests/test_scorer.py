@@ -196,3 +196,23 @@ def test_score_shares_prompts_and_gives_every_row_its_own(params):
         np.testing.assert_allclose(
             together[k], scorer.score(CONFIG, params, prompts[k : k + 1], completions[k : k + 1], width=T)[0], atol=1e-5
         )
+
+
+@pytest.mark.parametrize("max_rows", [512, 4])
+def test_prompts_that_begin_alike_share_that_and_score_as_each_by_itself(params, max_rows, monkeypatch):
+    rng = np.random.default_rng(4)
+    begins = [rng.integers(0, 24, k).tolist() for k in (20, 3)]
+    prompts = [b + rng.integers(0, 24, k).tolist() for b in begins for k in (1, 6, 4, 0)]
+    prompts[7] = prompts[6]  # nothing keeps a group from holding the same prompt twice
+    completions = [rng.integers(0, 24, k).tolist() for k in (3, 8, 1, 5, 8, 4, 0, 2)]
+    alone = scorer.score(CONFIG, params, prompts, completions, width=T)
+    monkeypatch.setattr(scorer, "_completion_logprobs", None)  # not by the program of whole prompts
+    together = scorer.score(CONFIG, params, prompts, completions, width=T, max_rows=max_rows, alike=4)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_prompts_that_should_begin_alike_and_do_not_score_as_each_by_itself(params, monkeypatch):
+    prompts, completions = [[1, 2], [1, 3], [1, 2], [2, 2]], [[1], [2, 3], [4], [5]]
+    alone = scorer.score(CONFIG, params, prompts, completions, width=T)
+    monkeypatch.setattr(scorer, "_ending_logprobs", None)
+    np.testing.assert_array_equal(scorer.score(CONFIG, params, prompts, completions, width=T, alike=2), alone)

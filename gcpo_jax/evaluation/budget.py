@@ -54,7 +54,8 @@ def seconds(config: EvalConfig, model: models.ModelConfig, part: Part, device: h
     T, width = config.sampling.max_new_tokens, bucket(part.width)
 
     def call(rows: int) -> Call:
-        return Call("sample", "sampler", rows, width, 1, T, T, sampler.Call(rows, width, 1, rows, rows, (1, 0, 0)))
+        slots = sampler.Call(rows, width, 1, rows, rows, (1, 0, 0))
+        return Call("sample", "sampler", rows, width, tokens=T, steps=T, slots=slots)
 
     free = (1 - HEADROOM) * device.memory - estimate.local_bytes(models.shapes(model), None)
     rows = min(config.sampling.max_rows, int(free // estimate.cache_bytes(model, call(1))))

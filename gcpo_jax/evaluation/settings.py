@@ -20,6 +20,7 @@ class Policy:
 
     path: str = ""  # Hugging Face directory: a base model, or the policy/ of a run
     dtype: str = "bfloat16"  # of parameters and activations: "float32" | "bfloat16"
+    attention: str = "auto"  # of prompts: "plain" | "cudnn" | "splash" | "auto", as in a training run
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -77,6 +78,7 @@ MAY_CHANGE = frozenset(
         "limit",
         "unsafe",
         "model.path",
+        "model.attention",
         "sampling.max_rows",
         "mesh.data",
         "mesh.fsdp",
@@ -88,6 +90,7 @@ SHORT = ("data", "benchmarks", "limit", "reward", "unsafe")
 
 _RULES = config_lib.Rules(
     choices={
+        "model.attention": ("auto", "plain", "cudnn", "splash"),
         "model.dtype": ("float32", "bfloat16"),
         "input.form": ("q", "x", "projected"),
         "contexts.style": ("auto", "chat", "base", "tiny"),

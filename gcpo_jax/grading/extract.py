@@ -48,8 +48,7 @@ _CLAUSE = re.compile(
     r"|given|thus|therefore|for\s|after|if\s|(?:or )?equivalently|that is|i\.e\.|or about|or approximately)"
 )
 _CHOICE = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-H])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)")
-
-
+_LABEL = re.compile(r"\(([A-H])\)")
 _LEAD = re.compile(r"[\s*_:#]*(?:(?:the|my|our|so|thus|therefore|hence|final)[\s,*]*)*", re.IGNORECASE)
 # What only says the answer again, in decimals.
 _ASIDE = re.compile(
@@ -270,7 +269,7 @@ def extract(completion: str) -> str | None:
     if stated:
         return answer
     last = text.rsplit("\n", 1)[-1].strip()
-    choice = _CHOICE.search(last)
+    choice = _CHOICE.search(last) or _labelled(text)
     if choice and not _left_open(last):
         return choice[1]
     bare = text[:-200] + _ASIDE.sub("", text[-200:])
@@ -299,6 +298,14 @@ def extract(completion: str) -> str | None:
             return content if _only_math(content) else None
     whole = text[max(0, end - 80) : end].split()[-1] + re.split(r"\s", text[end : end + 80])[0]
     return whole.rstrip(".,;:!*") if re.search("[π√^]", whole) else _signed(text, numbers[-1])
+
+
+def _labelled(text: str) -> re.Match | None:
+    """Of a last line that is one labelled choice, "(C) Plane" or "a plane, (C)", the label; not of a list of them."""
+    *others, last = [line.strip(" *") for line in text.split("\n") if line.strip()][-2:]
+    if len(last) > 80 or len(_LABEL.findall(last)) != 1 or (others and _LABEL.match(others[0])):
+        return None
+    return re.match(r"\(([A-H])\)\s", last) or re.search(r"\s\(([A-H])\)[.!\s]*$", last)
 
 
 def _left_open(sentence: str) -> bool:

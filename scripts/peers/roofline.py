@@ -22,7 +22,8 @@ from gcpo_jax.sampler import Samples, sample
 def of_spec(spec: dict[str, Any], dtype: str) -> models.ModelConfig:
     """The model of a spec, without a directory."""
     m = spec["model"]
-    return models.ModelConfig(family="qwen2", qkv_bias=True, tied_embeddings=True, dtype=dtype, **m)
+    c = models.ModelConfig(family="qwen2", qkv_bias=True, tied_embeddings=True, dtype=dtype, **m)
+    return models.for_devices(c)
 
 
 def matrices(c: models.ModelConfig) -> tuple[int, int]:

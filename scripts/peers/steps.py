@@ -69,11 +69,8 @@ def change(config: config_lib.Config, spec: dict[str, Any]) -> None:
     config_lib.validate(config)
 
 
-def step(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
-    """Steps of the spec's own model and prompts with one preset, and changes of the config given by name.
-
-    With `flat` every other group has equal rewards. `integrated_tokens` cuts integrated outputs short.
-    """
+def configured(spec: dict[str, Any]) -> config_lib.Config:
+    """The settings of a spec's own model and prompts with one preset, and changes given by name."""
     config = config_lib.Config(
         model=config_lib.Model(path=spec["directory"]),
         data=config_lib.Data(path=spec["directory"]),
@@ -87,7 +84,12 @@ def step(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
         learner=config_lib.Learner(weight_decay=0.01),
     )
     change(config, spec)
-    ends = frozenset(model_config.eos_ids)
+    return config
+
+
+def step(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
+    """Steps as `configured`; with `flat` half the groups have equal rewards, `integrated_tokens` cuts outputs short."""
+    config, ends = configured(spec), frozenset(model_config.eos_ids)
     contexts = ContextBuilder(read_tokenizer(spec["directory"]), config.contexts, config.data.prompt, ends)
     rows = [{"id": str(k), "problem": problem, "flat": k % 2} for k, problem in enumerate(worker.problems(spec))]
     if [contexts.query(row["problem"]) for row in rows] != worker.prompt_ids(spec):
@@ -113,6 +115,7 @@ def recipe(spec: dict[str, Any], make_timers: Callable[[], metrics.Timers] = met
     change(config, spec)
     config_lib.check_paths(config)
     model_config = models.read_config(config.model.path, config.model.dtype)
+    model_config = models.for_devices(model_config, config.model.attention)
     contexts = train.make_contexts(config, model_config)
     problems, _ = train.within_limit(config, contexts, tasks.build(config.data).train, model_config.vocab_size)
     _, params = models.load_pretrained(config.model.path, "float32")
