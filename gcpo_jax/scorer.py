@@ -190,7 +190,7 @@ def calls(
     Where every prompt has equally many completions, as a group's candidates, they share its computation.
     """
     entries, n = _entries(prompts, max_rows // shards, alike)
-    longest = [e.shared + max(len(prompts[r]) - e.shared + len(completions[r]) for r in e.rows) for e in entries]
+    longest = [max(len(prompts[r]) + len(completions[r]) for r in e.rows) for e in entries]
     for part, size in chunks(longest, max(1, max_rows // n), shards):
         called = [entries[k] for k in part]
         width = bucket(max(e.shared for e in called))

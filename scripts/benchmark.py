@@ -31,6 +31,8 @@ from rounds import Contender
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 
+# The package of this checkout, whatever is installed, as for its contenders.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from gcpo_jax import models, provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
