@@ -86,3 +86,15 @@ def test_a_file_called_profile_does_not_hide_the_standard_librarys(scripts):
     program = "import cProfile, profile; print(profile.Profile, cProfile.Profile)"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_both_parts_of_the_roofline_run(scripts):
+    import benchmark
+    import rounds
+
+    spec = {"model": benchmark.MODELS["micro"], "dtype": "float32", "seed": 0, "samples": 2, "prompts": 1}
+    spec |= {"prompt_tokens": 4, "new_tokens": 8, "changes": {"algorithm.beta": 0.0, "learner.micro_batch": 2}}
+    both = [benchmark.ours(work, spec | {"work": work}) for work in ("update", "decode")]
+    rows = rounds.alternate(both, 1).rows
+    assert rows["update"][0]["tokens"] == 2 * 12 and 0 < rows["update"][0]["of_peak"] < 1
+    assert rows["decode"][0]["tokens"] == 2 * 8 and rows["decode"][0]["peak_from"] == "measured"

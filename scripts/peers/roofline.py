@@ -82,11 +82,14 @@ def decode(spec: dict[str, Any]):
 class Drawn(rollout.Actor):
     """An actor whose candidates come out of a hat, since only what is done with them is timed."""
 
-    def sample(self, prompts, n, max_new_tokens, key) -> Samples:
+    def sample(self, prompts, n, max_new_tokens, key, done=None, alike=1) -> Samples:
         """Uniform tokens."""
         size = (len(prompts), n, max_new_tokens)
-        tokens = np.random.default_rng(0).integers(1, self.model_config.vocab_size, size)
-        return Samples(tokens.tolist(), np.zeros(size).tolist())
+        tokens = np.random.default_rng(0).integers(1, self.model_config.vocab_size, size).tolist()
+        for b, group in enumerate(tokens):
+            if done is not None:
+                done(b, group)
+        return Samples(tokens, np.zeros(size).tolist())
 
     def decode(self, completions, skip_special=True) -> list[str]:
         """Texts that are not looked at."""
