@@ -107,13 +107,13 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
     rows, _ = train.within_limit(config, contexts, task.train, model_config.vocab_size)
     problems = rows[: config.rollout.queries]
     n = config.rollout.group_size
-    found: dict[str, Measured] = {}
+    oracle, table_rows = Measured(), []
     active = np.zeros(0, bool)
     for name, algorithm in estimators(n, config.rollout.max_new_tokens).items():
         of = dataclasses.replace(config, algorithm=algorithm)
         actor = rollout.Actor(of, model_config, params, contexts)
         update, state = learner.make_update(model_config, of, KEEP), None
-        found[name] = Measured()
+        measured = Measured() if table_rows else oracle
         for repeat in range(repeats):
             timers, began = metrics.Timers(), time.perf_counter()
             exp = rollout.collect(actor, reward, problems, 0, timers, repeat=repeat + 1)
@@ -125,10 +125,9 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
                 state = update(state, batch)[0]
                 gradient = np.concatenate([np.ravel(g) for g in jax.tree.leaves(jax.device_get(state.opt_state))])
             seconds = time.perf_counter() - began - timers.read()["time/sample_s"]
-            found[name].add(exp.upsilon[active].ravel(), gradient, seconds)
-        row = compare(name, found[name], found["gcpo_paper"], n)
-        print(json.dumps(row), flush=True)
-    oracle = found["gcpo_paper"]
+            measured.add(exp.upsilon[active].ravel(), gradient, seconds)
+        table_rows.append(compare(name, measured, oracle, n))
+        print(json.dumps(table_rows[-1]), flush=True)
     truth = np.mean(oracle.upsilon, axis=0).reshape(-1, n)
     about = {
         "queries": len(problems),
@@ -139,7 +138,7 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
         "upsilon_mean": float(truth.mean()),
         "upsilon_std_within_group": float(np.sqrt(truth.var(axis=1).mean())),
     }
-    return [compare(name, mine, oracle, n) for name, mine in found.items()], about
+    return table_rows, about
 
 
 def table(rows: list[dict[str, Any]]) -> str:
