@@ -1,8 +1,88 @@
 """Ragged token lists -> right-padded arrays of few distinct shapes, so that little is compiled and little padded."""
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+Ids = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class InBlocks:
+    """A prompt whose attention mask is the paper's structural model: blocks see the first part and not each other.
+
+    All blocks stand behind `first`, at the same positions; the ending sees everything and stands behind the longest.
+    As a sequence it is its tokens one after the other.
+    """
+
+    first: list[int]
+    blocks: list[list[int]]
+    ending: list[int]
+
+    def __len__(self) -> int:
+        return len(self.first) + sum(map(len, self.blocks)) + len(self.ending)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain(self.first, *self.blocks, self.ending)
+
+    @property
+    def end(self) -> int:
+        """The position of what follows."""
+        return len(self.first) + max(map(len, self.blocks), default=0) + len(self.ending)
+
+
+Prompt = Ids | InBlocks
+
+
+class Packed(NamedTuple):
+    """Prompts with what they share apart: one computation of it serves them all."""
+
+    first: Ids  # that every prompt begins with
+    blocks: list[list[int]]  # that some of them have
+    seen: list[list[bool]]  # of each prompt: which blocks are its own
+    endings: list[Ids]  # of each prompt: what is left
+
+
+def whole(prompt: Ids, n: int = 1) -> Packed:
+    """A prompt that all of n rows share to its end."""
+    return Packed(prompt, [], [[] for _ in range(n)], [[] for _ in range(n)])
+
+
+class Shape(NamedTuple):
+    """Of the arrays that hold Packed: the rows of each, and widths in tokens."""
+
+    n: int
+    first: int  # P
+    own: int  # W, of an ending and what follows it
+    blocks: int = 0  # m
+    block: int = 0  # A
+
+
+def pack(prompts: Sequence[Prompt]) -> Packed:
+    """What prompts share that begin alike or, in blocks, belong to one query.
+
+    Raises:
+      ValueError: for prompts in blocks that begin differently, or end in nothing.
+    """
+    plain = [p for p in prompts if not isinstance(p, InBlocks)]
+    if plain:
+        shared = common(plain)
+        return Packed(plain[0][:shared], [], [[] for _ in plain], [p[shared:] for p in plain])
+    blocked = [p for p in prompts if isinstance(p, InBlocks)]
+    at: dict[tuple, int] = {}  # of a block, and of its copies where a prompt has several
+    lists = []
+    for prompt in blocked:
+        if prompt.first != blocked[0].first:
+            raise ValueError("prompts in blocks share a computation only where they begin alike")
+        if not prompt.ending:
+            raise ValueError("a prompt in blocks needs an ending, which sees all of them")
+        keys = [(tuple(block), prompt.blocks[:k].count(block)) for k, block in enumerate(prompt.blocks)]
+        lists.append({at.setdefault(key, len(at)) for key in keys})
+    seen = [[k in mine for k in range(len(at))] for mine in lists]
+    return Packed(blocked[0].first, [list(block) for block, _ in at], seen, [p.ending for p in blocked])
 
 
 def bucket(length: int, least: int = 16) -> int:
@@ -52,3 +132,46 @@ def pad_rows(rows: Sequence[Sequence[int]], size: int, width: int) -> tuple[np.n
         tokens[r, : len(row)] = row
         lengths[r] = len(row)
     return tokens, lengths
+
+
+def shape_of(packed: Sequence[Packed], n: int, more: int = 0) -> Shape:
+    """Of arrays that hold these, with `more` tokens behind the longest ending."""
+    first, ending = max(len(p.first) for p in packed), max(len(e) for p in packed for e in p.endings)
+    blocks = [block for p in packed for block in p.blocks]
+    own = (bucket(ending) if ending else 0) + more
+    if not blocks:
+        return Shape(n, bucket(first), own)
+    return Shape(n, bucket(first), own, max(len(p.blocks) for p in packed), bucket(max(map(len, blocks))))
+
+
+class Arrays(NamedTuple):
+    """B Packed of one Shape; padding has a prompt of one token."""
+
+    first: np.ndarray  # [B, P]
+    lengths: np.ndarray  # [B]
+    rows: np.ndarray  # [B, n, W] endings and what follows
+    row_lengths: np.ndarray  # [B, n]
+    blocks: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # tokens [B, m, A], lengths [B, m], seen [B, n, m]
+
+
+def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Ids] | None = None) -> Arrays:
+    """Packed as arrays; None is padding.
+
+    Args:
+      rows: endings and what follows them, of all Packed one after the other; None: the endings alone.
+    """
+    B, (n, P, W, m, A) = len(packed), shape
+    first, lengths = pad_rows([[] if p is None else p.first for p in packed], B, P)
+    if rows is None:
+        rows = [e for p in packed for e in ([[]] * n if p is None else p.endings)]
+    tokens, row_lengths = pad_rows(rows, B * n, W)
+    blocks = None
+    if m:
+        each = [[] if p is None else p.blocks for p in packed]
+        ids, block_lengths = pad_rows([b for bs in each for b in [*bs, *[[]] * (m - len(bs))]], B * m, A)
+        seen = np.zeros((B, n, m), bool)
+        for at, p in enumerate(packed):
+            for row, mine in enumerate([] if p is None else p.seen):
+                seen[at, row, : len(mine)] = mine
+        blocks = ids.reshape(B, m, A), block_lengths.reshape(B, m), seen
+    return Arrays(first, np.maximum(lengths, 1), tokens.reshape(B, n, W), row_lengths.reshape(B, n), blocks)

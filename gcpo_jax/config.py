@@ -68,6 +68,8 @@ class Contexts:
     text: str = "auto"  # of a candidate: "full" | "answer" (after </think>) | "auto" (answer where there is one)
     cap: int = 256  # tokens of one candidate inside a context; the last ones are kept
     permute: bool = True  # candidates in one random order per query, else in index order
+    # "causal" (a candidate sees those before it) | "block" (it sees the problem alone, so all contexts share it)
+    attention: str = "causal"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -221,6 +223,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.task": ("arithmetic", "jsonl"),
     "data.overlap": ("refuse", "allow"),
     "data.too_long": ("drop", "refuse"),
+    "contexts.attention": ("causal", "block"),
     "contexts.style": ("auto", "chat", "base", "tiny"),
     "contexts.text": ("auto", "full", "answer"),
     "algorithm.objective": ("clipped", "gvpo"),
@@ -364,6 +367,8 @@ def validate(config: Config) -> None:
     if a.causal_factor == "bayes":
         need(a.sampling == "shared", "algorithm.sampling", "must be shared with causal_factor bayes")
     wrong += check_mesh(config.mesh)
+    if config.contexts.attention == "block":
+        need(not config.train.audit_steps, "train.audit_steps", "must be empty with contexts.attention=block")
     for step in config.train.audit_steps:
         need(0 <= step < config.train.total_steps, "train.audit_steps", "must be in [0, train.total_steps)")
     if wrong:

@@ -8,6 +8,9 @@ Candidates enter as the ids that the policy wrote; they are never turned into te
 
 where P is the problem, A_k a candidate and U an integrated output. A reply to the first and to the third is a
 candidate, so its tokens can be scored unchanged in either.
+
+With contexts.attention=block the second and third come in parts (InBlocks): up to the first attempt, the attempts, the
+rest. An attempt then has no number, since it must not tell which of the others are there.
 """
 
 import bisect
@@ -21,9 +24,11 @@ from typing import Any
 import transformers
 
 from gcpo_jax import config as config_lib
+from gcpo_jax.batching import InBlocks
 
 Ids = list[int]
-_HOLE = "\ue000"  # private use: marks where ids go in a text that is tokenised in pieces around it
+# Private use: where ids go in a text that is tokenised in pieces around them, and where its parts meet.
+_HOLE, _CUT = "\ue000", "\ue001"
 
 
 def read_tokenizer(path: str | pathlib.Path) -> Any:
@@ -95,6 +100,7 @@ class ContextBuilder:
         if style == "chat" and not chat:
             raise config_lib.ConfigError("contexts.style='chat': the tokenizer has no chat template")
         self.style = style
+        self._blocks = self.settings.attention == "block"
         marked = self.tokenizer.encode("a") if style == "base" else []
         self._start = marked[: marked.index(self._ids("a")[0])] if marked else []  # <s>, where the tokenizer adds one
         self._pieces = functools.lru_cache(maxsize=4096)(self._render)
@@ -109,13 +115,13 @@ class ContextBuilder:
         """The context of a candidate."""
         return self._fill(("query", problem, 0), [])
 
-    def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids:
+    def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids | InBlocks:
         """The context of an integrated output y_n: the query and every candidate."""
-        return self._fill(("integrate", problem, len(candidates)), candidates)
+        return self._context(("integrate", problem, len(candidates)), candidates)
 
-    def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids:
+    def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids | InBlocks:
         """x_i (main text of the paper): the query, all candidates but y_i, an integrated output. A reply is a y_i."""
-        return self._fill(("leave_one_out", problem, len(others)), [*others, integrated])
+        return self._context(("leave_one_out", problem, len(others)), [*others, integrated])
 
     def quote(self, completion: Ids) -> Ids:
         """What of a completion stands in a context: no end ids, the part after </think> by setting, the last `cap` ids.
@@ -148,21 +154,37 @@ class ContextBuilder:
             text = self._chat("leave_one_out", "a", 2)
         except Exception as error:  # templates raise what they like
             raise config_lib.ConfigError(f"contexts.style='chat': the template refuses a user turn: {error}") from error
-        if text.count(_HOLE) != 3:
+        if text.count(_HOLE) != 3 or text.count(_CUT) != 3:
             raise config_lib.ConfigError("contexts.style='chat': the template does not show the user turn once, whole")
 
-    def _fill(self, kind: tuple[str, str, int], candidates: Sequence[Ids]) -> Ids:
-        pieces = self._pieces(*kind)
-        ids = self._start + pieces[0]
-        for candidate, piece in zip(candidates, pieces[1:], strict=True):
-            ids += candidate
+    def _context(self, kind: tuple[str, str, int], fillings: Sequence[Ids]) -> Ids | InBlocks:
+        if not self._blocks:
+            return self._fill(kind, fillings)
+        attempts, left = kind[2], iter(fillings)
+        first, *parts = (self._join(pieces, [next(left) for _ in pieces[1:]]) for pieces in self._pieces(*kind))
+        return InBlocks(self._start + first, parts[:attempts], parts[attempts])
+
+    def _fill(self, kind: tuple[str, str, int], fillings: Sequence[Ids]) -> Ids:
+        (pieces,) = self._pieces(*kind)
+        return self._start + self._join(pieces, fillings)
+
+    @staticmethod
+    def _join(pieces: Sequence[Ids], fillings: Sequence[Ids]) -> Ids:
+        ids = list(pieces[0])
+        for filling, piece in zip(fillings, pieces[1:], strict=True):
+            ids += filling
             ids += piece
         return ids
 
-    def _render(self, kind: str, problem: str, attempts: int) -> list[Ids]:
-        problem = problem.replace(_HOLE, " ")
+    def _render(self, kind: str, problem: str, attempts: int) -> list[list[Ids]]:
+        """Of each part of a text, the pieces around its holes."""
+        problem = problem.replace(_HOLE, " ").replace(_CUT, " ")
         text = getattr(self, f"_{self.style}")(kind, problem, attempts)
-        return [self._ids(piece) for piece in text.split(_HOLE)]
+        parts = text.split(_CUT) if self._blocks else [text.replace(_CUT, "")]
+        return [[self._ids(piece) for piece in part.split(_HOLE)] for part in parts]
+
+    def _number(self, text: str) -> str:
+        return "" if self._blocks else text
 
     def _ids(self, text: str) -> Ids:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -171,14 +193,15 @@ class ContextBuilder:
         turn = self.prompt.replace("{problem}", problem)
         if kind == "query":
             return f"<q>{turn}<try>"
-        listed = f"<q>{turn}" + f"<y>{_HOLE}" * attempts + "<agg>"
+        listed = f"<q>{turn}" + f"{_CUT}<y>{_HOLE}" * attempts + f"{_CUT}<agg>"
         return listed if kind == "integrate" else f"{listed}{_HOLE}<try>"
 
     def _base(self, kind: str, problem: str, attempts: int) -> str:
         turn = self.prompt.replace("{problem}", problem)
         if kind == "query":
             return f"Problem: {turn}\n\nAttempt:\n"
-        listed = f"Problem: {turn}\n\n" + "".join(f"Attempt {k + 1}:\n{_HOLE}\n\n" for k in range(attempts))
+        numbers = [self._number(f" {k + 1}") for k in range(attempts)]
+        listed = f"Problem: {turn}\n\n" + "".join(f"{_CUT}Attempt{k}:\n{_HOLE}\n\n" for k in numbers) + _CUT
         if kind == "integrate":
             return f"{listed}Careful final solution, using the attempts above:\n"
         return f"{listed}Combined solution:\n{_HOLE}\n\nAnother attempt:\n"
@@ -186,10 +209,12 @@ class ContextBuilder:
     def _chat(self, kind: str, problem: str, attempts: int) -> str:
         turn = self.prompt.replace("{problem}", problem)
         if kind != "query":
+            numbers = [self._number(f" {k + 1}") for k in range(attempts)]
             turn = (
-                f"Problem:\n{turn}\n\nBelow are {attempts} independent attempts at this problem. "
+                f"Problem:\n{turn}\n\nBelow are {self._number(f'{attempts} ')}independent attempts at this problem. "
                 "Each may be right, partly right or wrong.\n\n"
-                + "".join(f"### Attempt {k + 1}\n{_HOLE}\n\n" for k in range(attempts))
+                + "".join(f"{_CUT}### Attempt{k}\n{_HOLE}\n\n" for k in numbers)
+                + _CUT
             )
             if kind == "integrate":
                 turn += (

@@ -114,38 +114,42 @@ def cache_bytes(model_config: models.ModelConfig, call: Call) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a row of the layers' pass is: P tokens that n completions of T tokens share."""
+    """What a row of the layers' pass is: P tokens that n completions of T tokens share, and m blocks between them."""
 
     P: int
     n: int = 0
     T: int = 0
     attention: str = "plain"  # of the ModelConfig
+    m: int = 0
+    A: int = 0
 
     @property
     def tokens(self) -> int:
         """Positions."""
-        return self.P + self.n * self.T
+        return self.P + self.m * self.A + self.n * self.T
 
     @property
     def blocks(self) -> bool:
         """Whether attention is computed in blocks, as every kernel does."""
-        return self.attention != "plain" or max(self.P, self.T) > WHOLE_UP_TO
+        return self.attention != "plain" or max(self.P + self.m * self.A, self.T) > WHOLE_UP_TO
 
     @property
     def scored(self) -> float:
         """Pairs of query and key that are computed."""
         half = 0.5 if self.blocks else 1.0
         prompts = 1 + self.n if self.attention == "cudnn" else 1  # it computes the prompt's again with every row
-        return prompts * half * self.P**2 + self.n * self.T * (self.P + half * self.T)
+        between = self.m * self.A
+        blocks = between * (self.P + half * self.A)
+        return prompts * half * self.P**2 + blocks + self.n * self.T * (self.P + between + half * self.T)
 
 
 def _computed(call: Call, attention: str) -> tuple[int, Part]:
     """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
     if call.slots is None:
-        return call.rows, Part(call.width, call.n if call.tokens else 0, call.rest + call.tokens, attention)
-    alike, common, own = call.slots.beginnings
-    part = Part(common, alike, own, attention) if alike > 1 else Part(call.width, attention=attention)
-    return call.slots.computed // alike, part
+        n = call.n if call.tokens else 0
+        return call.rows, Part(call.width, n, call.rest + call.tokens, attention, *call.blocks)
+    n, first, own, *blocks = call.slots.shared
+    return call.slots.computed // n, Part(first, n if own else 0, own, attention, *blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +241,12 @@ class Estimator:
         whole, at_once = batch.completions.shape[0], max(1, rows_at_a_time(self.config) // m)
         parts = [(whole, at_once, Part(batch.prompts.shape[1], m, T, self.model.attention))]
         if batch.kl is not None:
-            M, G, X = batch.kl.contexts.shape
-            size = min(M, learner.targets_at_a_time(self.model, self.config))
-            parts.append((M * G, size * G, Part(X, 1, T, self.model.attention)))
+            E, n, W = batch.kl.contexts.rows.shape
+            between = (0, 0) if batch.kl.contexts.blocks is None else batch.kl.contexts.blocks.tokens.shape[1:]
+            M = batch.kl.row.shape[0]
+            size = E * min(M, learner.targets_at_a_time(self.model, self.config)) // M
+            part = Part(batch.kl.contexts.prompts.shape[1], n, W, self.model.attention, *between)
+            parts.append((E, size, part))
         return parts
 
     def call(self, call: Call) -> Bytes:

@@ -7,6 +7,7 @@ differentiated in turn and their gradients added, exactly, because every token's
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcpo_jax import causal, models, objectives
-from gcpo_jax.batching import bucket, pad_rows
+from gcpo_jax import causal, models, objectives, scorer
+from gcpo_jax.batching import bucket, pack, pad_rows, shape_of, whole
 from gcpo_jax.config import Config, Learner
 from gcpo_jax.partition import Layout, rows_at_a_time, rows_of_a_prompt
 from gcpo_jax.rollout import Actor, Experience
-from gcpo_jax.scorer import completion_logprobs
+from gcpo_jax.scorer import completion_logprobs, row_logprobs
 
 
 class TrainState(NamedTuple):
@@ -53,8 +54,7 @@ class KlBatch(NamedTuple):
 
     row: np.ndarray  # [M] which row of the batch
     weight: np.ndarray  # [M] n/k; 0 for padding
-    contexts: np.ndarray  # [M, G, X] leave-one-out contexts
-    context_lengths: np.ndarray  # [M, G]
+    contexts: scorer.Rows  # M G / m entries of m leave-one-out contexts, with the targets' completions
     weight_x: np.ndarray  # [M, G] in π(y | x_i)
     weight_phi: np.ndarray  # [M, G] in Φπ(y | x_i)
     phi_rest: np.ndarray  # [M, T] the part of Φπ(y | x_i) from contexts without gradient
@@ -178,20 +178,31 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     with_gradient = [[c for c in cs if c.weight_x] for cs in contexts]
     others = [(m, c) for m, cs in enumerate(contexts) for c in cs if not c.weight_x]
     G, size = len(with_gradient[0]), targets_at_a_time(actor.model_config, actor.config)
+    shards = 1 if actor.model_config.layout is None else actor.model_config.layout.row_shards
     M = -(-len(targets) // size) * size
 
     phi_rest = np.zeros((M, T), np.float32)
+    # In blocks a query's targets share it, as many as lie together in a micro-batch.
+    together = math.gcd(len(targets) // len(exp.prompts), size // shards) * G if actor.blocked else 1
     if others:
-        # With shared sampling the contexts of a target differ in the integrated output at their end alone.
-        alike = len(others) // len(targets) if actor.config.algorithm.sampling == "shared" else 1
+        # In blocks all contexts of a query share them; with shared sampling those of a target differ in the integrated
+        # output at their end alone.
+        shared = actor.config.algorithm.sampling == "shared"
+        alike = len(others) // (len(exp.prompts) if actor.blocked else len(targets)) if actor.blocked or shared else 1
         logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike)
         np.add.at(
             phi_rest,
             [m for m, _ in others],
             np.array([c.weight_phi for _, c in others], np.float32)[:, None] * np.exp(logp),
         )
-    rows = [c.ids for cs in with_gradient for c in cs]
-    ids, lengths = pad_rows(rows, M * G, bucket(max(map(len, rows))))
+    prompts = [c.ids for cs in with_gradient for c in cs]
+    replies = [candidate[m] for m in range(len(targets)) for _ in range(G)]
+    entries = []
+    for k in range(0, len(prompts), together):
+        packed = pack(prompts[k : k + together]) if actor.blocked else whole(list(prompts[k]))
+        entries.append(scorer.Entry(list(range(k, k + together)), packed))
+    shape = shape_of([e.packed for e in entries], together, T)
+    rows = scorer.pad(entries, replies, scorer.Call(M * G // together, shape, T))
     real = len(targets)
     weight_x, weight_phi, row, weight = (
         np.zeros((M, G), np.float32),
@@ -207,14 +218,11 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     old = None
     if several:
         old = np.zeros((M, G, T), np.float32)
-        old[:real] = actor.score(
-            [c.ids for cs in with_gradient for c in cs], [candidate[m] for m in range(real) for _ in range(G)], T
-        ).reshape(real, G, T)
+        old[:real] = actor.score(prompts, replies, T, together).reshape(real, G, T)
     return KlBatch(
         row=row,
         weight=weight,
-        contexts=ids.reshape(M, G, -1),
-        context_lengths=np.maximum(lengths, 1).reshape(M, G),
+        contexts=rows,
         weight_x=weight_x,
         weight_phi=weight_phi,
         phi_rest=phi_rest,
@@ -249,8 +257,7 @@ def make_update(model_config: models.ModelConfig, config: Config, optimizer: opt
         if batch.kl is not None:
             kl, q_logp = batch.kl, details["logp"] if batch.old_logp is None else batch.old_logp
             T = batch.mask.shape[1]
-            completions, lengths = batch.completions.reshape(-1, T)[kl.row], batch.lengths.ravel()[kl.row]
-            rows = (kl, completions, lengths, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
+            rows = (kl, batch.weights[kl.row], batch.mask[kl.row], q_logp[kl.row])
             parts = kl.row.shape[0] // targets_at_a_time(model_config, config)
             # On top of the first sums: a second tree of gradients beside them would be as large as the parameters.
             grads, loss, (sums, per_token) = accumulate(causal_kl, state.params, rows, parts, layout, (grads, loss))
@@ -297,14 +304,13 @@ def _losses(model_config: models.ModelConfig, config: Config):
     """The two parts of the objective as functions of (params, some rows): their share of the loss, and what to log."""
     a, n = config.algorithm, config.rollout.group_size
 
-    def logprobs(params, prompts, prompt_lengths, completions, lengths):
-        params, temperature = cast(params, config.model.dtype), float(config.rollout.temperature)
-        inputs = (prompts, prompt_lengths, completions, lengths)
-        return completion_logprobs(model_config, params, *inputs, temperature, remat=config.model.remat)
+    temperature, remat = float(config.rollout.temperature), config.model.remat
 
     def surrogate(params, rows: Batch, total_groups):
         """Eq. 6: the clipped surrogate (or GVPO) and β KL."""
-        both = logprobs(params, rows.prompts, rows.prompt_lengths, rows.completions, rows.lengths)
+        inputs: Any = (rows.prompts, rows.prompt_lengths, rows.completions, rows.lengths)
+        params = cast(params, config.model.dtype)
+        both = completion_logprobs(model_config, params, *inputs, temperature=temperature, remat=remat)
         logp, entropy = (x.reshape(rows.mask.shape) for x in both)
         old_logp = jax.lax.stop_gradient(logp) if rows.old_logp is None else rows.old_logp
         sums = {"entropy": jnp.sum(entropy * rows.mask)}
@@ -328,11 +334,10 @@ def _losses(model_config: models.ModelConfig, config: Config):
 
     def causal_kl(params, rows):
         """Eq. 12 and 13: κ KL' of the targets, in the context x_i."""
-        kl, completions, lengths, weights, mask, q_logp = rows
-        M, G, X = kl.contexts.shape
-        T = mask.shape[1]
-        each = jnp.repeat(completions, G, axis=0)[:, None], jnp.repeat(lengths, G)[:, None]
-        logp = logprobs(params, kl.contexts.reshape(M * G, X), kl.context_lengths.ravel(), *each)[0].reshape(M, G, T)
+        kl, weights, mask, q_logp = rows
+        M, T = mask.shape
+        params = cast(params, config.model.dtype)
+        logp = row_logprobs(model_config, params, kl.contexts, T, temperature, remat).reshape(M, -1, T)
         p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
         p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
         p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest

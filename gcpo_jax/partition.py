@@ -319,9 +319,9 @@ def rows_of_a_prompt(config: Config, layout: Layout | None) -> int:
     return next((m for m in range(n, 0, -1) if n % m == 0 and rows % (m * shards) == 0), 1)
 
 
-def put_rows(layout: Layout | None, *arrays: np.ndarray) -> tuple[Any, ...]:
-    """Host arrays on the layout's mesh, cut along their leading axes; as they are where there is no mesh."""
-    return arrays if layout is None else tuple(map(layout.put_rows, arrays))
+def put_rows(layout: Layout | None, *arrays: Any) -> tuple[Any, ...]:
+    """Host arrays, or trees of them, on the layout's mesh, cut along their leading axes; as they are without a mesh."""
+    return arrays if layout is None else jax.tree.map(layout.put_rows, arrays)
 
 
 def fetch(tree: Any) -> Any:

@@ -110,44 +110,45 @@ def compile_call(
     shapes = models.shapes(model_config)
     params = _place(shapes, one if layout is None else layout.shardings(shapes))
     rows = one if layout is None else layout.sharding("rows")
-    tokens = jax.ShapeDtypeStruct((call.rows, call.width), jnp.int32, sharding=rows)
-    lengths = jax.ShapeDtypeStruct((call.rows,), jnp.int32, sharding=rows)
+
+    def ints(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def between(B, n, m, A):
+        return models.Blocks(ints(B, m, A), ints(B, m), ints(B, n, m, dtype=jnp.bool)) if m else None
+
+    B, n = call.rows, call.n
     if call.program == "hidden":
-        return compiled_bytes(scorer._last_hidden.lower(model_config, params, tokens, lengths))
+        return compiled_bytes(scorer._last_hidden.lower(model_config, params, ints(B, call.width), ints(B)))
     temperature = float(rollout.temperature)
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-
     if call.slots is None:
-        counts = ints(call.rows, call.n)
-        if call.rest:
-            arrays = ints(call.rows, call.n, call.rest + call.tokens), counts, counts
-            return compiled_bytes(
-                scorer._ending_logprobs.lower(
-                    model_config, params, tokens, lengths, *arrays, width=call.tokens, temperature=temperature
-                )
-            )
-        completions = ints(call.rows, call.n, call.tokens), counts
-        program = scorer._completion_logprobs
-        return compiled_bytes(program.lower(model_config, params, tokens, lengths, *completions, temperature))
-    real = jax.ShapeDtypeStruct((call.rows,), jnp.bool, sharding=rows)
+        starts = ints(B, n) if call.rest else None
+        blocks, own = between(B, n, *call.blocks), ints(B, n, call.rest + call.tokens)
+        given = scorer.Rows(ints(B, call.width), ints(B), blocks, own, starts, ints(B, n))
+        return compiled_bytes(scorer._row_logprobs.lower(model_config, params, given, call.tokens, temperature))
+    alike, first, own, *blocks = call.slots.shared
+    G = B // alike
+    prompts = slots.Prompts(
+        ints(G, first),
+        ints(G),
+        ints(G, alike, own) if own else None,
+        ints(G, alike) if own else None,
+        between(G, alike, *blocks),
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _place(key, one if layout is None else NamedSharding(layout.mesh, PartitionSpec()))
     lowered = slots.run.lower(
         model_config,
         params,
-        tokens,
-        lengths,
-        lengths,
-        real,
-        lengths,
+        prompts,
+        *(ints(B) for _ in range(3)),
+        ints(B, dtype=jnp.bool),
         key,
         n=call.n,
         together=call.slots.together,
         lanes=call.slots.lanes,
         computed=call.slots.computed,
-        beginnings=call.slots.beginnings,
+        width=call.width,
         max_new_tokens=call.tokens,
         temperature=temperature,
         top_k=rollout.top_k,
@@ -266,7 +267,7 @@ def plan(
 
 def _batch_shapes(batch: learner.Batch) -> dict[str, list[int]]:
     shapes = {"prompts": list(batch.prompts.shape), "completions": list(batch.completions.shape)}
-    return shapes | ({} if batch.kl is None else {"kl_contexts": list(batch.kl.contexts.shape)})
+    return shapes | ({} if batch.kl is None else {"kl_contexts": list(batch.kl.contexts.prompts.shape)})
 
 
 def seconds(

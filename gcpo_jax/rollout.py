@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gcpo_jax import causal, models, objectives, scorer, tasks
+from gcpo_jax.batching import InBlocks, Prompt
 from gcpo_jax.config import Config
 from gcpo_jax.contexts import ContextBuilder, Ids
 from gcpo_jax.metrics import Timers
@@ -24,7 +25,7 @@ Target = tuple[int, int]  # (query b, candidate i)
 class Context:
     """One leave-one-out context of a target, and its weight in the estimates of E[f | x_i] and of Φ."""
 
-    ids: Ids
+    ids: Ids | InBlocks
     weight_x: float
     weight_phi: float
 
@@ -47,7 +48,7 @@ class Experience:
     integrated_rewards: list[list[float]]
     order: list[list[int]]  # of each query: its candidates as its contexts list them
     contexts: dict[Target, list[Context]]
-    bayes_contexts: dict[Target, list[Ids]]  # candidate k in slot i of the integration context, k = 0..n-1
+    bayes_contexts: dict[Target, list[Ids | InBlocks]]  # candidate k in slot i of the integration context, k = 0..n-1
     rollouts: dict[Target, list[list[Ids]]]
     features: list[list[Ids]]  # the tokens fed to represent each candidate
     z: np.ndarray  # [B, n, D], as z_x and z_phi
@@ -66,7 +67,12 @@ class Actor:
     params: dict
     contexts: ContextBuilder
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+    @property
+    def blocked(self) -> bool:
+        """Whether all contexts of a query share what stands in them (contexts.attention)."""
+        return self.config.contexts.attention == "block"
+
+    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
         """n completions of each prompt at the run's temperature, top-k and top-p; done, alike: see sampler.sample."""
         rollout = self.config.rollout
         return sample(
@@ -85,7 +91,7 @@ class Actor:
             alike=alike,
         )
 
-    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
         """log π(completion | prompt) token by token, [R, width]; alike: see scorer.score."""
         rollout = self.config.rollout
         return scorer.score(
@@ -201,8 +207,10 @@ def _collect(actor: Actor, grading: tasks.Grading, rows, step: int, timers: Time
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
-            # With shared sampling the contexts of a target differ in the integrated output at their end alone.
-            alike = len(exp.contexts[targets[0]]) if a.sampling == "shared" else 1
+            alike = len(flat) // len(with_rollouts)
+            if not actor.blocked:
+                # With shared sampling the contexts of a target differ in the integrated output at their end alone.
+                alike = alike // n if a.sampling == "shared" else 1
             outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike=alike).tokens)
             exp.rollouts = {t: [next(outputs) for _ in exp.contexts[t]] for t in targets}
     with timers("score"):
@@ -242,7 +250,7 @@ def _integrate(actor, exp, order, needed, key) -> dict[int, _Listing]:
             exp.integrated[b] = outputs
     else:
         prompts = [actor.contexts.integrate(problem[b], lists[b].without(k)) for b in needed for k in range(n)]
-        outputs = actor.sample(prompts, 1, T, key).tokens
+        outputs = actor.sample(prompts, 1, T, key, alike=n if actor.blocked else 1).tokens
         for at, b in enumerate(needed):
             exp.integrated[b] = [o[0] for o in outputs[at * n : (at + 1) * n]]
     return lists
@@ -300,6 +308,18 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
     exp.upsilon[groups] = np.maximum(upsilon, 0.0) if a.clip_negative else upsilon
 
 
+def _total_logp(actor, prompts, replies, per_query: int) -> np.ndarray:
+    """log π(reply | prompt), equal pairs once where contexts do not share a query's blocks anyway."""
+    width = max(map(len, replies))
+    if actor.blocked:
+        return actor.score(prompts, replies, width, per_query).sum(axis=1)
+    pairs = [(tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)]
+    distinct = list(dict.fromkeys(pairs))
+    logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], width)
+    total = dict(zip(distinct, logp.sum(axis=1), strict=True))
+    return np.array([total[pair] for pair in pairs], np.float32)
+
+
 _causal_factor = jax.jit(causal.causal_factor, static_argnames=("alpha", "similarity"))
 
 
@@ -316,10 +336,7 @@ def _bayes(actor, exp, lists, groups) -> None:
             ]
             prompts += exp.bayes_contexts[b, i]
             replies += [exp.integrated[b][0]] * n
-    distinct = list(dict.fromkeys((tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)))
-    logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], max(map(len, replies)))
-    total = {pair: float(row.sum()) for pair, row in zip(distinct, logp, strict=True)}
-    loglik = np.array([total[tuple(p), tuple(r)] for p, r in zip(prompts, replies, strict=True)], np.float32)
+    loglik = _total_logp(actor, prompts, replies, n * n)
     lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
     weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
     exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])

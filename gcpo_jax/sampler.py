@@ -13,7 +13,19 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gcpo_jax import models, slots
-from gcpo_jax.batching import bucket, common, count_bucket, largest_share, pad_rows
+from gcpo_jax.batching import (
+    InBlocks,
+    Packed,
+    Prompt,
+    Shape,
+    bucket,
+    count_bucket,
+    largest_share,
+    pack,
+    pad_packed,
+    pad_rows,
+    shape_of,
+)
 from gcpo_jax.partition import fetch, put_rows
 
 
@@ -71,7 +83,7 @@ def generate(
 def sample(
     model_config: models.ModelConfig,
     params: dict,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     key: PRNGKeyArray,
     n: int,
@@ -89,7 +101,7 @@ def sample(
 
     Args:
       index: what stands for each prompt's index in its noise; by default its place in the list.
-      alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
+      alike: every so many prompts begin alike, or are of one query in blocks: what they share is computed once.
       done: is told each prompt's place in the list and its n completions, while other device calls go on.
     """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
@@ -99,26 +111,35 @@ def sample(
     layout = model_config.layout
     shards = 1 if layout is None else layout.row_shards
     index = range(len(prompts)) if index is None else index
-    shared = [common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
-    for groups, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, shared):
+    packed = pack_alike(prompts, alike, max(1, max_rows // n))
+    alike = len(prompts) // max(1, len(packed))
+    for groups, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, packed):
         # Every shard has its part of the prompts, and none has two more than another; those alike lie together.
         placed = np.full((shards, call.prompts // shards // alike), -1)
         placed.T.flat[: len(groups)] = groups
-        rows = [g * alike + k if g >= 0 else -1 for g in placed.ravel().tolist() for k in range(alike)]
-        ids, lengths = pad_rows([prompts[r] if r >= 0 else [0, 0] for r in rows], call.prompts, call.width)
-        real = np.array(rows) >= 0
+        entries = placed.ravel().tolist()
+        rows = [g * alike + k if g >= 0 else -1 for g in entries for k in range(alike)]
+        called = [prompts[r] if r >= 0 else [0] for r in rows]
+        if call.shared.own:
+            arrays = pad_packed([packed[g] if g >= 0 else None for g in entries], call.shared)
+            blocks = None if arrays.blocks is None else models.Blocks(*arrays.blocks)
+            row_lengths = np.maximum(arrays.row_lengths, 1)
+            given = slots.Prompts(arrays.first, arrays.lengths, arrays.rows, row_lengths, blocks)
+        else:
+            given = slots.Prompts(*pad_rows([list(p) for p in called], call.prompts, call.width), None, None, None)
+        lengths = np.array([len(p) for p in called], np.int32)
+        end = np.array([p.end if isinstance(p, InBlocks) else len(p) for p in called], np.int32)
         number = np.array([index[r] if r >= 0 else 0 for r in rows], np.int32)
-        beginning = np.array([shared[r // alike] if r >= 0 else 1 for r in rows], np.int32)
         out = slots.run(
             model_config,
             params,
-            *put_rows(layout, ids, lengths, number, real, beginning),
+            *put_rows(layout, given, lengths, end, number, np.array(rows) >= 0),
             key,
             n=n,
             together=call.together,
             lanes=call.lanes,
             computed=call.computed,
-            beginnings=call.beginnings,
+            width=call.width,
             max_new_tokens=max_new_tokens,
             temperature=float(temperature),
             top_k=int(top_k),
@@ -143,26 +164,26 @@ class Call(NamedTuple):
     """The shapes of one device call; see slots.run."""
 
     prompts: int  # Q, padded
-    width: int  # P
+    width: int  # P of the caches
     together: int  # m
     lanes: int  # B
     computed: int  # F
-    beginnings: tuple[int, int, int]
+    shared: Shape  # of what is computed; own = 0: prompts share nothing
 
 
 def calls(
-    lengths: Sequence[int], n: int, max_new_tokens: int, max_rows: int, shards: int, shared: Sequence[int]
+    lengths: Sequence[int], n: int, max_new_tokens: int, max_rows: int, shards: int, packed: Sequence[Packed]
 ) -> Iterator[tuple[list[int], Call]]:
-    """The device calls for prompts of these lengths, longest first: groups of prompts that begin alike, and shapes.
+    """The device calls for prompts of these lengths, longest first: which of `packed`, and shapes.
 
     A call ends where prompts get half as long and it has enough of them to fill its lanes.
 
     Args:
-      shared: tokens that the prompts of each group have in common; a group is len(lengths) / len(shared) prompts.
+      packed: each of len(lengths) / len(packed) prompts.
     """
-    alike = len(lengths) // max(1, len(shared))
-    longest = [max(lengths[g * alike : (g + 1) * alike]) for g in range(len(shared))]
-    order = sorted(range(len(shared)), key=lambda g: -longest[g])
+    alike = len(lengths) // max(1, len(packed))
+    longest = [max(lengths[g * alike : (g + 1) * alike]) for g in range(len(packed))]
+    order = sorted(range(len(packed)), key=lambda g: -longest[g])
     while order:
         first = longest[order[0]]
         ends = (k for k, g in enumerate(order) if k * alike * n >= max_rows and 2 * longest[g] <= first)
@@ -177,11 +198,20 @@ def calls(
         lanes = max(1, min(prompts * n, max_rows) // (together * shards)) * shards
         unit = shards * alike
         computed = min(prompts, -(-lanes * together // (n * unit)) * unit)
-        beginnings = (1, 0, 0)
-        if alike > 1:
-            own = max(max(lengths[g * alike : (g + 1) * alike]) - shared[g] for g in groups)
-            beginnings = (alike, min(width, bucket(max(shared[g] for g in groups))), min(width, bucket(own)))
-        yield groups, Call(prompts, width, together, lanes, computed, beginnings)
+        called = [packed[g] for g in groups]
+        shared = shape_of(called, alike) if called[0].first else Shape(1, width, 0)
+        yield groups, Call(prompts, width, together, lanes, computed, shared)
+
+
+def pack_alike(prompts: Sequence[Prompt], alike: int, limit: int) -> list[Packed]:
+    """What every so many prompts share: `alike` of them, in blocks the most that divide it and are within `limit`.
+
+    Each by itself where some begin differently.
+    """
+    if prompts and isinstance(prompts[0], InBlocks):
+        alike = largest_share(alike, limit)
+    packed = [pack(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
+    return packed if alike == 1 or all(p.first for p in packed) else [pack([p]) for p in prompts]
 
 
 def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows) -> None:

@@ -7,7 +7,7 @@ The pure functions here are also what the learner differentiates: one graph give
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gcpo_jax import models
-from gcpo_jax.batching import bucket, chunks, common, largest_share, pad_rows
+from gcpo_jax.batching import (
+    InBlocks,
+    Packed,
+    Prompt,
+    Shape,
+    bucket,
+    chunks,
+    largest_share,
+    pack,
+    pad_packed,
+    pad_rows,
+    shape_of,
+    whole,
+)
 from gcpo_jax.partition import fetch, put_rows
 
 # Logits live for about this many tokens of a device at a time: [1024, V] float32, never [R * T, V].
@@ -44,26 +57,39 @@ def completion_logprobs(
     return _logprobs(model_config, params, hidden, completions, lengths, temperature)
 
 
-def ending_logprobs(
+class Rows(NamedTuple):
+    """B prompts, what n rows go on with, and where their completions begin."""
+
+    prompts: Any  # [B, P]
+    prompt_lengths: Any  # [B]
+    blocks: models.Blocks | None
+    rows: Any  # [B, n, W]
+    starts: Any | None  # [B, n]; None: a row is a completion, and no prompt has blocks
+    lengths: Any  # [B, n] of the completions
+
+
+def row_logprobs(
     model_config: models.ModelConfig,
     params: dict,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, " B"],
-    rows: Int[Array, "B n W"],
-    starts: Int[Array, "B n"],
-    lengths: Int[Array, "B n"],
+    rows: Rows,
     width: int,
     temperature: float = 1.0,
+    remat: str = "none",
 ) -> Float[Array, "B n T"]:
-    """log π of the end of what follows a prompt: of a row's `lengths` tokens from column `starts` on; T = width.
+    """log π of the completion at a row's end, given what stands before it; T = width.
 
-    So prompts that only begin alike share what they have in common; `rows` are what is left of each and a completion.
+    So prompts that only begin alike share what they have in common. With blocks, no gradient flows through them.
     """
-    hidden = models.encode_shared(model_config, params, prompts, prompt_lengths, rows)
-    columns = jnp.minimum(starts[..., None] + jnp.arange(width)[None, None], rows.shape[2] - 1)
+    if rows.starts is None:
+        given = rows.prompts, rows.prompt_lengths, rows.rows, rows.lengths
+        return completion_logprobs(model_config, params, *given, temperature, remat)[0]
+    hidden = models.encode_shared(
+        model_config, params, rows.prompts, rows.prompt_lengths, rows.rows, remat, rows.blocks
+    )
+    columns = jnp.minimum(rows.starts[..., None] + jnp.arange(width)[None, None], rows.rows.shape[2] - 1)
     hidden = jnp.take_along_axis(hidden, columns[..., None], axis=2)
-    targets = jnp.take_along_axis(rows, columns, axis=2)
-    return _logprobs(model_config, params, hidden, targets, lengths, temperature)[0]
+    targets = jnp.take_along_axis(rows.rows, columns, axis=2)
+    return _logprobs(model_config, params, hidden, targets, rows.lengths, temperature)[0]
 
 
 def _logprobs(model_config, params, hidden, completions, lengths, temperature):
@@ -100,8 +126,7 @@ def _chunked(model_config, params, hidden, targets, temperature):
     return (x.swapaxes(0, 1).reshape(R, -1)[:, :T] for x in (logp, entropy))
 
 
-_completion_logprobs = jax.jit(completion_logprobs, static_argnames=("model_config", "temperature", "remat"))
-_ending_logprobs = jax.jit(ending_logprobs, static_argnames=("model_config", "width", "temperature"))
+_row_logprobs = jax.jit(row_logprobs, static_argnames=("model_config", "width", "temperature", "remat"))
 
 
 @functools.partial(jax.jit, static_argnames=("model_config",))
@@ -113,7 +138,7 @@ def _last_hidden(model_config, params, tokens, lengths):
 def score(
     model_config: models.ModelConfig,
     params: dict,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
     *,
     width: int,
@@ -124,8 +149,8 @@ def score(
     """log π(completion | prompt) token by token, [R, width] float32, 0 beyond each completion.
 
     Args:
-      alike: every so many prompts begin alike, and each goes on by itself: their common tokens are computed once.
-        Where some have no first token in common, each is computed by itself.
+      alike: every so many prompts begin alike, or are of one query in blocks: what they share is computed once. Where
+        some have no first token in common, each is computed by itself.
 
     Raises:
       ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.
@@ -138,23 +163,9 @@ def score(
     running = []
     layout = model_config.layout
     for entries, call in calls(prompts, completions, max_rows, 1 if layout is None else layout.row_shards, alike):
-        rows = [r for entry in entries for r in entry.rows]
-        starts = [len(prompts[r]) - entry.shared for entry in entries for r in entry.rows]
-        own = [[*prompts[r][len(prompts[r]) - start :], *completions[r]] for r, start in zip(rows, starts, strict=True)]
-        ids, prompt_lengths = pad_rows([prompts[e.rows[0]][: e.shared] for e in entries], call.prompts, call.width)
-        tokens, lengths = pad_rows(own, call.prompts * call.n, call.rest + call.tokens)
-        starts = np.pad(np.array(starts, np.int32), (0, len(lengths) - len(starts)))
-        shape = (call.prompts, call.n)
-        by_entry = tokens.reshape(*shape, -1), starts.reshape(shape), (lengths - starts).reshape(shape)
-        inputs = put_rows(layout, ids, np.maximum(prompt_lengths, 1), *by_entry)
-        if call.rest:
-            logp = _ending_logprobs(model_config, params, *inputs, call.tokens, float(temperature))
-        else:
-            ids, prompt_lengths, tokens, _, lengths = inputs
-            logp, _ = _completion_logprobs(
-                model_config, params, ids, prompt_lengths, tokens, lengths, float(temperature)
-            )
-        running.append((rows, logp))
+        inputs = put_rows(layout, pad(entries, completions, call))
+        logp = _row_logprobs(model_config, params, *inputs, call.tokens, float(temperature))
+        running.append(([r for entry in entries for r in entry.rows], logp))
     for rows, logp in running:
         columns = fetch(logp).reshape(-1, logp.shape[-1])[: len(rows), :width]
         result[rows, : columns.shape[1]] = columns
@@ -162,30 +173,28 @@ def score(
 
 
 class Entry(NamedTuple):
-    """Rows that share the computation of the tokens that their prompts begin with."""
+    """Rows that share a computation; of equal prompts there is nothing left for their endings."""
 
     rows: list[int]
-    shared: int  # of these tokens
+    packed: Packed
 
 
 class Call(NamedTuple):
     """The shapes of one device call."""
 
     prompts: int  # B, padded
-    n: int
-    width: int  # P
-    tokens: int  # T
-    rest: int  # of prompts, behind what they share
+    shape: Shape
+    tokens: int  # T, the last of a row's
 
 
 def calls(
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
     max_rows: int,
     shards: int = 1,
     alike: int = 1,
 ) -> Iterator[tuple[list[Entry], Call]]:
-    """The device calls for these rows: which rows share a prompt or its beginning, and the shapes.
+    """The device calls for these rows: which rows share a prompt or a part of it, and the shapes.
 
     Where every prompt has equally many completions, as a group's candidates, they share its computation.
     """
@@ -193,19 +202,31 @@ def calls(
     longest = [max(len(prompts[r]) + len(completions[r]) for r in e.rows) for e in entries]
     for part, size in chunks(longest, max(1, max_rows // n), shards):
         called = [entries[k] for k in part]
-        width = bucket(max(e.shared for e in called))
         tokens = bucket(max(1, *(len(completions[r]) for e in called for r in e.rows)))
-        rest = max(len(prompts[r]) - e.shared for e in called for r in e.rows)
-        yield called, Call(size, n, width, tokens, bucket(rest) if rest else 0)
+        yield called, Call(size, shape_of([e.packed for e in called], n, tokens), tokens)
 
 
-def _entries(prompts: Sequence[Sequence[int]], limit: int, alike: int) -> tuple[list[Entry], int]:
+def pad(entries: Sequence[Entry], completions: Sequence[Sequence[int]], call: Call) -> Rows:
+    """The host arrays of a device call."""
+    endings = [list(e) for entry in entries for e in entry.packed.endings]
+    rows = [e + list(completions[r]) for e, r in zip(endings, (r for e in entries for r in e.rows), strict=True)]
+    missing = call.prompts - len(entries)
+    arrays = pad_packed([*(e.packed for e in entries), *[None] * missing], call.shape, rows)
+    starts = np.zeros(arrays.row_lengths.shape, np.int32)
+    starts.flat[: len(endings)] = [len(e) for e in endings]
+    blocks = None if arrays.blocks is None else models.Blocks(*arrays.blocks)
+    lengths = arrays.row_lengths - starts
+    within = None if call.shape.own == call.tokens else starts
+    return Rows(arrays.first, arrays.lengths, blocks, arrays.rows, within, lengths)
+
+
+def _entries(prompts: Sequence[Prompt], limit: int, alike: int) -> tuple[list[Entry], int]:
     """Rows by what they share, at most `limit` together, and how many each entry has."""
-    if alike > 1 and largest_share(alike, limit) > 1:
-        n = largest_share(alike, limit)
+    n = largest_share(alike, limit)
+    if n > 1 or isinstance(prompts[0], InBlocks):
         parts = [list(range(k, k + n)) for k in range(0, len(prompts), n)]
-        entries = [Entry(rows, common([prompts[r] for r in rows])) for rows in parts]
-        if all(e.shared for e in entries):
+        entries = [Entry(rows, pack([prompts[r] for r in rows])) for rows in parts]
+        if all(e.packed.first for e in entries):
             return entries, n
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for r, prompt in enumerate(prompts):
@@ -213,7 +234,7 @@ def _entries(prompts: Sequence[Sequence[int]], limit: int, alike: int) -> tuple[
     counts = {len(rows) for rows in by_prompt.values()}
     n = largest_share(counts.pop(), limit) if len(counts) == 1 else 1
     parts = [rows[k : k + n] for rows in by_prompt.values() for k in range(0, len(rows), n)]
-    return [Entry(rows, len(prompts[rows[0]])) for rows in parts], n
+    return [Entry(rows, whole(list(prompts[rows[0]]), n)) for rows in parts], n
 
 
 def last_hidden(

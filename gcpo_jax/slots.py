@@ -24,6 +24,7 @@ class Lanes(NamedTuple):
     entry: jax.Array  # [B]
     start: jax.Array  # [B] the step at which the entry began
     lengths: jax.Array  # [B] prompt tokens
+    end: jax.Array  # [B] position of the first token that is drawn
     hidden: jax.Array  # [B, m, D] that the next token is drawn from
     done: jax.Array  # [B, m]
     count: jax.Array  # [B, m] tokens drawn
@@ -34,13 +35,23 @@ class Lanes(NamedTuple):
     own: models.Caches  # [L, B, m, K, T, A] ring
 
 
+class Prompts(NamedTuple):
+    """Q prompts, of which every n that share something make one of B entries; n = 1: they share nothing."""
+
+    first: Any  # [B, P] that all of them begin with, or the prompt
+    lengths: Any  # [B]
+    rows: Any | None  # [B, n, W] what is left of each
+    row_lengths: Any | None  # [B, n]
+    blocks: models.Blocks | None  # between these
+
+
 class Queue(NamedTuple):
     """The prompts, of which F are computed at a time, and how far the queue has moved."""
 
-    prompts: jax.Array  # [Q, P]
+    prompts: Prompts
     lengths: jax.Array  # [Q]
+    end: jax.Array  # [Q]
     index: jax.Array  # [Q]
-    common: jax.Array  # [Q]
     total: jax.Array  # [s] entries
     taken: jax.Array  # [s] of them
     chunk: jax.Array  # [s] which F prompts are computed; -1: none yet
@@ -57,7 +68,7 @@ class Results(NamedTuple):
 
 
 # Which axis of what is in them a mesh cuts.
-_CUT: Any = (Results(0, 0, 0), Lanes(*(0,) * 9, prompt=1, own=1), Queue(*(0,) * 8, cache=1))  # pyright: ignore[reportArgumentType]
+_CUT: Any = (Results(0, 0, 0), Lanes(*(0,) * 10, prompt=1, own=1), Queue(*(0,) * 8, cache=1))  # pyright: ignore[reportArgumentType]
 
 
 def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> Callable:
@@ -78,28 +89,36 @@ def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> C
     return of_all
 
 
+def _prefill(c: models.ModelConfig, params: dict, prompts: Prompts, width: int) -> tuple[jax.Array, models.Cache]:
+    """Last hidden states [F, D] and cache of prompts."""
+    if prompts.rows is None or prompts.row_lengths is None:
+        return models.prefill(c, params, prompts.first, prompts.lengths)
+    rows = prompts.rows, prompts.row_lengths
+    return models.prefill_shared(c, params, prompts.first, prompts.lengths, *rows, width, prompts.blocks)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("model_config", "n", "together", "lanes", "computed", "beginnings", "max_new_tokens"),
+        *("model_config", "n", "together", "lanes", "computed", "width", "max_new_tokens"),
         *("temperature", "top_k", "top_p", "eos_ids", "apart"),
     ),
 )
 def run(
     model_config: models.ModelConfig,
     params: dict,
-    prompts: Int[Array, "Q P"],
+    prompts: Prompts,
     lengths: Int[Array, " Q"],
+    end: Int[Array, " Q"],
     index: Int[Array, " Q"],
     real: Bool[Array, " Q"],
-    common: Int[Array, " Q"],
     key: PRNGKeyArray,
     *,
     n: int,
     together: int,
     lanes: int,
     computed: int,
-    beginnings: tuple[int, int, int],
+    width: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -110,21 +129,22 @@ def run(
     """n completions of each prompt: tokens, their log-probabilities, and how many of the T there are.
 
     Args:
+      lengths: tokens of each prompt.
+      end: the position of the first token that is drawn; the length, but for prompts in blocks.
       index: of the prompt, for its noise: a row's depends on (key, index, sample) alone.
       real: False for prompts that only fill up the array, behind the real ones of a shard.
-      common: of the prompts that begin alike, how many tokens they share; see beginnings.
       together: m, samples of a prompt that share a lane and so the prompt's keys and values; divides n.
       lanes: B, a multiple of the shards.
       computed: F, prompts computed together; a multiple of the shards.
-      beginnings: every so many prompts begin alike (1: none does); the widths of what they share and of the rest.
+      width: P, of the prompts' caches.
       apart: layers apart (models.by_layer) in the steps, at the price of one more copy of them; not on a mesh.
     """
     c, m, T, layout = model_config, together, max_new_tokens, model_config.layout
     shards = 1 if layout is None else layout.row_shards
-    Q, B, per_prompt = prompts.shape[0] // shards, lanes // shards, n // m  # of one shard
+    Q, B, per_prompt = lengths.shape[0] // shards, lanes // shards, n // m  # of one shard
     E = Q * per_prompt
     W = B if B >= E else max(1, B // 8)  # lanes refilled at once
-    F, (alike, common_width, own_width) = computed // shards, beginnings
+    F = computed // shards
     ring, ends = jnp.arange(T), jnp.asarray(eos_ids, jnp.int32)
 
     def waiting(queue):
@@ -140,21 +160,22 @@ def run(
     def compute(queue: Queue) -> Queue:
         """The next F prompts, of the shards that need them."""
 
-        def rows(chunk, x):
-            return jnp.take(x, chunk * F + jnp.arange(F), axis=0, mode="clip")
+        def rows(chunk, prompts):
+            def of(x):
+                size = F * x.shape[0] // Q
+                return jnp.take(x, chunk * size + jnp.arange(size), axis=0, mode="clip")
+
+            return jax.tree.map(of, prompts)
 
         def replace(more, new, old):
             return jax.tree.map(lambda new, old: jnp.where(more[0], new, old), new, old)
 
         more = used_up(queue)
         chunk = queue.chunk + more.astype(jnp.int32)
-        rows_of = _over_shards(shards, rows, (0, 0), 0)
-        ids, lengths, common = (rows_of(chunk, x) for x in (queue.prompts, queue.lengths, queue.common))
-        if alike == 1:
-            new = models.prefill(c, params, ids, lengths)
-        else:
-            ids, lengths = (x.reshape(-1, alike, *x.shape[1:]) for x in (ids, lengths))
-            new = models.prefill_shared(c, params, ids, lengths, common[::alike], common_width, own_width)
+        rows_of = _over_shards(
+            shards, lambda chunk, tree: jax.tree.map(functools.partial(rows, chunk), tree), (0, 0), 0
+        )
+        new = _prefill(c, params, rows_of(chunk, queue.prompts), width)
         hidden, cache = _over_shards(shards, replace, (0, (0, 1), (0, 1)), (0, 1))(
             more, new, (queue.hidden, queue.cache)
         )
@@ -185,6 +206,7 @@ def run(
             "entry": entry,
             "start": jnp.broadcast_to(t, (W,)),
             "lengths": queue.lengths[prompt],
+            "end": queue.end[prompt],
             "hidden": jnp.broadcast_to(queue.hidden[in_chunk][:, None], (W, *lanes.hidden.shape[1:])),
             "done": jnp.zeros((W, m), bool),
             "count": jnp.zeros((W, m), jnp.int32),
@@ -225,7 +247,9 @@ def run(
         drawn, logp = draw(lanes.hidden, read(lanes.uniforms))
         count = lanes.count + jnp.where(lanes.done, 0, 1)
         age = jnp.minimum(t - lanes.start, T - 1)
-        hidden, own = models.decode_step(c, layers, drawn, column, age, lanes.lengths, lanes.prompt, lanes.own)
+        hidden, own = models.decode_step(
+            c, layers, drawn, column, age, lanes.lengths, lanes.prompt, lanes.own, lanes.end
+        )
         return t + 1, lanes._replace(
             hidden=hidden,
             done=lanes.done | jnp.isin(drawn, ends) | (count == T),
@@ -255,7 +279,7 @@ def run(
         return jnp.zeros(shape, dtype)
 
     def prompt_cache(size):
-        shape, dtype = (c.num_layers, size, c.num_kv_heads, prompts.shape[1], c.head_dim), c.dtype
+        shape, dtype = (c.num_layers, size, c.num_kv_heads, width, c.head_dim), c.dtype
         return models.constrain(c, (zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype)), "prompt_cache")
 
     def as_used(stacked):
@@ -274,6 +298,7 @@ def run(
             entry=jnp.full(b, E, jnp.int32),
             start=zeros(b, dtype=jnp.int32),
             lengths=jnp.ones(b, jnp.int32),
+            end=jnp.ones(b, jnp.int32),
             hidden=models.constrain(c, zeros(b, m, D, dtype=c.dtype), "step_hidden"),
             done=jnp.ones((b, m), bool),
             count=zeros(b, m, dtype=jnp.int32),
@@ -286,8 +311,8 @@ def run(
         Queue(
             prompts=prompts,
             lengths=lengths,
+            end=end,
             index=index,
-            common=common,
             total=real.reshape(shards, Q).sum(axis=1, dtype=jnp.int32) * per_prompt,
             taken=zeros(shards, dtype=jnp.int32),
             chunk=jnp.full(shards, -1, jnp.int32),

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gcpo_jax import scorer
 from gcpo_jax.config import Config
 from gcpo_jax.evaluation.statistics import majority
 from gcpo_jax.learner import Batch
@@ -100,14 +101,21 @@ def summarise(
         }
     row |= values | times
     entries = batch.lengths.any(axis=1)  # the others only fill up a micro-batch
-    differentiated = int(batch.prompt_lengths[entries].sum() + batch.lengths.sum())
+    differentiated = float(batch.prompt_lengths[entries].sum() + batch.lengths.sum())
     if batch.kl is not None:
-        target = batch.kl.weight > 0
-        candidates = batch.lengths.ravel()[batch.kl.row[target]]
-        differentiated += int((batch.kl.context_lengths[target] + candidates[:, None]).sum())
+        differentiated += _tokens(batch.kl.contexts)
     differentiated *= config.learner.updates_per_batch
     row["mfu"] = 6 * parameters * differentiated / times["time/update_s"] / peak_flops(config.model.dtype)
     return {name: value if value is None else float(value) for name, value in row.items()}
+
+
+def _tokens(rows: scorer.Rows) -> float:
+    """Tokens that are differentiated; blocks and what stands before them are only computed, a third of the work."""
+    real = rows.lengths.any(axis=1)
+    first, own = rows.prompt_lengths[real].sum(), rows.lengths.sum()
+    if rows.blocks is None:
+        return float(first + own)
+    return float(own + np.asarray(rows.starts)[real].sum() + (first + rows.blocks.lengths.sum()) / 3)
 
 
 def _sampler_gap(exp: Experience, logp: np.ndarray) -> float:

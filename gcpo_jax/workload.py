@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from gcpo_jax import learner, models, rollout, sampler, scorer
-from gcpo_jax.batching import bucket, chunks, common
+from gcpo_jax.batching import InBlocks, Prompt, bucket, chunks
 from gcpo_jax.config import Config
 from gcpo_jax.contexts import ContextBuilder, Ids
 from gcpo_jax.metrics import Timers
@@ -35,6 +35,7 @@ class Call:
     n: int = 1  # completions of a prompt
     tokens: int = 0  # T, the most that are generated, or the padded completion that is scored
     rest: int = 0  # of the scorer: padded tokens between what prompts share and the completion
+    blocks: tuple[int, int] = (0, 0)  # of the scorer: those between prompt and rest, and their padded tokens
     steps: int = 0  # decoded until the longest row ended
     slots: sampler.Call | None = None  # of the sampler
 
@@ -52,13 +53,21 @@ class Contexts(ContextBuilder):
         """A prompt at the limit; those of different problems differ."""
         return [int(problem), *[0] * (self.limit - 1)]
 
-    def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids:
+    def integrate(self, problem: str, candidates: Sequence[Ids]) -> Ids | InBlocks:
         """The query and every candidate."""
-        return [int(problem), *[0] * (self.limit + FRAME_TOKENS + sum(HEADING_TOKENS + len(c) for c in candidates) - 1)]
+        first = [int(problem), *[0] * (self.limit - 1)]
+        if self.settings.attention == "block":
+            blocks = [[k, *[0] * (HEADING_TOKENS - 1 + len(c))] for k, c in enumerate(candidates)]
+            return InBlocks(first, blocks, [0] * FRAME_TOKENS)
+        return first + [0] * (FRAME_TOKENS + sum(HEADING_TOKENS + len(c) for c in candidates))
 
-    def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids:
+    def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids | InBlocks:
         """The query, the other candidates and an integrated output, with which it differs from every other context."""
-        return [*self.integrate(problem, others), next(self.number), *[0] * (HEADING_TOKENS + len(integrated) - 1)]
+        listed = self.integrate(problem, others)
+        more = [next(self.number), *[0] * (HEADING_TOKENS + len(integrated) - 1)]
+        if isinstance(listed, InBlocks):
+            return InBlocks(listed.first, listed.blocks, listed.ending + more)
+        return [*listed, *more]
 
     def quote(self, completion: Ids) -> Ids:
         """At most contexts.cap of it; no part of it is known to be thinking."""
@@ -93,16 +102,16 @@ class _Recorder(rollout.Actor):
     def _note(self, program: str, **shapes) -> None:
         self.calls.append(Call(self.phases.now, program, **shapes))
 
-    def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
         size = (len(prompts), n)
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:
             lengths = np.minimum(self.rng.integers(1, 2 * self.mean, size), max_new_tokens)
-        shared = [common(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
         at_once = self.config.rollout.max_rows
-        planned = sampler.calls([len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, shared)
+        packed = sampler.pack_alike(prompts, alike, max(1, at_once // n))
+        planned = sampler.calls([len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, packed)
         for groups, call in planned:
-            rows = lengths.reshape(len(shared), -1)[groups].reshape(-1, call.together)
+            rows = lengths.reshape(len(packed), -1)[groups].reshape(-1, call.together)
             shapes = {"rows": call.prompts, "width": call.width, "n": n, "tokens": max_new_tokens}
             self._note("sampler", **shapes, steps=_steps(rows.max(axis=1), call.lanes), slots=call)
         tokens = [[[0] * int(t) for t in row] for row in lengths]
@@ -111,10 +120,11 @@ class _Recorder(rollout.Actor):
                 done(b, group)
         return Samples(tokens, [])
 
-    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
         for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards, alike):
-            shapes = {"rows": call.prompts, "width": call.width, "n": call.n, "tokens": call.tokens}
-            self._note("scorer", **shapes, rest=call.rest)
+            n, width, own, *blocks = call.shape
+            shapes = {"rows": call.prompts, "width": width, "n": n, "tokens": call.tokens}
+            self._note("scorer", **shapes, rest=own - call.tokens, blocks=tuple(blocks))
         return np.zeros((len(prompts), width), np.float32)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:

@@ -4,9 +4,10 @@ from gcpo_jax.models.config import ModelConfig, ModelError, read_config
 from gcpo_jax.models.decode import Cache, Caches, by_layer, decode_step, init_cache, prefill, prefill_shared
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
 from gcpo_jax.models.kernels import for_devices
-from gcpo_jax.models.qwen import constrain, encode, encode_shared, forward, init_params, shapes, unembed
+from gcpo_jax.models.qwen import Blocks, constrain, encode, encode_shared, forward, init_params, shapes, unembed
 
 __all__ = [
+    "Blocks",
     "Cache",
     "Caches",
     "ModelConfig",

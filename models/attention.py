@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 # The whole form holds [R, K, G, S, S] scores in float32: at this length 0.5 GB for 28 heads, at ten times it 50 GB.
 WHOLE_UP_TO = 2048
@@ -28,20 +28,24 @@ def shared_attention(
     v: Float[Array, "B n T K A"],
     prompt_k: Float[Array, "B P K A"],
     prompt_v: Float[Array, "B P K A"],
-    prompt_lengths: Int[Array, " B"],
+    seen: Bool[Array, "B m P"],
 ) -> Float[Array, "B n T K G A"]:
-    """Attention of every row to the prompt that it shares and, causally, to itself: one softmax over both."""
+    """Attention of every row to the prompt that it shares and, causally, to itself: one softmax over both.
+
+    Args:
+      seen: of the prompt's keys, those that count: for all rows (m = 1), or for each its own (m = n). Each needs one.
+    """
     B, n, T = q.shape[:3]
     longest = max(T, prompt_k.shape[1])
     own, own_sums = _attend(*(x.reshape(B * n, *x.shape[2:]) for x in (q, k, v)), None, longest)
-    first, sums = _attend(q.reshape(B, n * T, *q.shape[3:]), prompt_k, prompt_v, prompt_lengths, longest)
+    first, sums = _attend(q.reshape(B, n * T, *q.shape[3:]), prompt_k, prompt_v, seen, longest)
     share = jax.nn.sigmoid(sums.reshape(q.shape[:-1]) - own_sums.reshape(q.shape[:-1]))[..., None]  # of the prompt
     first, own = (x.reshape(q.shape).astype(jnp.float32) for x in (first, own))
     return (share * first + (1 - share) * own).astype(v.dtype)
 
 
-def _attend(q, k, v, lengths, longest):
-    return in_blocks(q, k, v, lengths, BLOCK) if longest > WHOLE_UP_TO else whole(q, k, v, lengths)
+def _attend(q, k, v, seen, longest):
+    return in_blocks(q, k, v, seen, BLOCK) if longest > WHOLE_UP_TO else whole(q, k, v, seen)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -52,13 +56,13 @@ def whole(
     q: Float[Array, "R Q K G A"],
     k: Float[Array, "R S K A"],
     v: Float[Array, "R S K A"],
-    lengths: Int[Array, " R"] | None,
+    seen: Bool[Array, "R m S"] | None,
 ) -> tuple[Float[Array, "R Q K G A"], Float[Array, "R Q K G"]]:
     """What in_blocks returns, from all scores at once; the backward pass makes them again instead of keeping them.
 
     Axes are in an order in which hardly a product has to transpose scores, which on a CPU takes as long as the product.
     """
-    heads, sums = _whole(*_heads_first(q, k, v), lengths)
+    heads, sums = _whole(*_heads_first(q, k, v), seen)
     return jnp.moveaxis(heads, 3, 1), jnp.moveaxis(sums, 3, 1)
 
 
@@ -67,18 +71,18 @@ def _heads_first(q, k, v):
     return jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _all_scores(q, k, lengths):
+def _all_scores(q, k, seen):
     scores = _product("rkgqa,rksa->rkgqs", q, k) * q.shape[-1] ** -0.5
-    S = k.shape[2]
-    if lengths is None:
+    Q, S = q.shape[3], k.shape[2]
+    if seen is None:
         visible = jnp.tril(jnp.ones((S, S), bool))[None]
     else:
-        visible = (jnp.arange(S)[None] < lengths[:, None])[:, None]
+        visible = seen if seen.shape[1] == 1 else jnp.repeat(seen, Q // seen.shape[1], axis=1)
     return jnp.where(visible[:, None, None], scores, -1e30)
 
 
-def _whole(q, k, v, lengths):
-    scores = _all_scores(q, k, lengths)
+def _whole(q, k, v, seen):
+    scores = _all_scores(q, k, seen)
     top = scores.max(axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)
@@ -86,17 +90,17 @@ def _whole(q, k, v, lengths):
     return heads.astype(v.dtype), top + jnp.log(total)
 
 
-def _whole_kept(q, k, v, lengths):
+def _whole_kept(q, k, v, seen):
     q, k, v = _heads_first(q, k, v)
-    heads, sums = _whole(q, k, v, lengths)
-    return (jnp.moveaxis(heads, 3, 1), jnp.moveaxis(sums, 3, 1)), (q, k, v, lengths, heads, sums)
+    heads, sums = _whole(q, k, v, seen)
+    return (jnp.moveaxis(heads, 3, 1), jnp.moveaxis(sums, 3, 1)), (q, k, v, seen, heads, sums)
 
 
 def _whole_backward(kept, cotangents):
-    q, k, v, lengths, heads, sums = kept
+    q, k, v, seen, heads, sums = kept
     g, g_sums = (jnp.moveaxis(x, 1, 3) for x in cotangents)
     mean = _mean_cotangent(g, heads, g_sums)
-    weights = jnp.exp(_all_scores(q, k, lengths) - sums[..., None])
+    weights = jnp.exp(_all_scores(q, k, seen) - sums[..., None])
     dscores = weights * (_product("rkgqa,rksa->rkgqs", g, v) - mean[..., None]) * q.shape[-1] ** -0.5
     dscores = dscores.astype(q.dtype)
     dq = jnp.einsum("rkgqs,rksa->rkgqa", dscores, k)
@@ -118,20 +122,20 @@ def in_blocks(
     q: Float[Array, "R Q K G A"],
     k: Float[Array, "R S K A"],
     v: Float[Array, "R S K A"],
-    lengths: Int[Array, " R"] | None,
+    seen: Bool[Array, "R m S"] | None,
     block: int,
 ) -> tuple[Float[Array, "R Q K G A"], Float[Array, "R Q K G"]]:
     """The same, exactly, a block of queries against a block of keys at a time (FlashAttention, arXiv:2205.14135).
 
     Args:
-      lengths: of the keys, which every query sees all of; None: query s is position s and sees those up to itself, and
-        blocks above the diagonal are never computed.
+      seen: of the keys, those that count, for every Q / m queries in turn; None: query s is position s and sees those
+        up to itself, and blocks above the diagonal are never computed.
 
     Returns:
       The heads, and the logarithm of each query's sum of exponential scores, by which two results can be put together.
       The backward pass computes the weights again from it, and adds up the gradients of keys and values in float32.
     """
-    heads, sums = _forward(q, k, v, lengths, block)
+    heads, sums = _forward(q, k, v, seen, block)
     return heads, _joined(jnp.moveaxis(sums, 4, 2), q.shape[1])
 
 
@@ -149,20 +153,29 @@ def _joined(x, S: int):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
 
 
-def _scores(q, k, i, j, lengths):
-    """[R, K, G, b, b] of query block i and key block j, float32."""
-    block = q.shape[1]
-    scores = _product("rqkga,rska->rkgqs", q, k) * q.shape[-1] ** -0.5
+def _scorer(seen, Q: int, S: int, block: int):
+    """Scores [R, K, G, b, b], float32, as a function of (query block, key block, their numbers)."""
     at = jnp.arange(block)
-    if lengths is None:
-        visible = ((i * block + at)[:, None] >= (j * block + at)[None, :])[None]
-    else:
-        visible = ((j * block + at)[None, :] < lengths[:, None])[:, None]
-    return jnp.where(visible[:, None, None], scores, -1e30)
+    if seen is not None:
+        m = seen.shape[1]
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, -S % block)))
+
+    def visible(i, j):
+        if seen is None:
+            return ((i * block + at)[:, None] >= (j * block + at)[None, :])[None]
+        keys = jax.lax.dynamic_slice_in_dim(seen, j * block, block, axis=2)
+        return keys if m == 1 else keys[:, jnp.minimum((i * block + at) // (Q // m), m - 1)]
+
+    def scores(q, k, i, j):
+        scores = _product("rqkga,rska->rkgqs", q, k) * q.shape[-1] ** -0.5
+        return jnp.where(visible(i, j)[:, None, None], scores, -1e30)
+
+    return scores
 
 
-def _forward(q, k, v, lengths, block):
+def _forward(q, k, v, seen, block):
     Q, dtype = q.shape[1], v.dtype
+    scores_of = _scorer(seen, Q, k.shape[1], block)
     q, k, v = _cut(q, block), _cut(k, block), _cut(v, block)
 
     def queries(inputs):
@@ -170,7 +183,7 @@ def _forward(q, k, v, lengths, block):
 
         def add(j, state):
             top, total, heads = state
-            scores = _scores(q_i, k[j], i, j, lengths)
+            scores = scores_of(q_i, k[j], i, j)
             new_top = jnp.maximum(top, scores.max(-1))
             weights, scale = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             more = _product("rkgqs,rska->rkgqa", weights.astype(dtype), v[j])
@@ -179,7 +192,7 @@ def _forward(q, k, v, lengths, block):
         R, b, K, G, A = q_i.shape
         zero = jnp.zeros((R, K, G, b), jnp.float32)
         start = (zero - 1e30, zero, jnp.zeros((R, K, G, b, A), jnp.float32))
-        top, total, heads = jax.lax.fori_loop(0, i + 1 if lengths is None else k.shape[0], add, start)
+        top, total, heads = jax.lax.fori_loop(0, i + 1 if seen is None else k.shape[0], add, start)
         heads = (heads / total[..., None]).astype(dtype)
         return jnp.moveaxis(heads, 3, 1), top + jnp.log(total)
 
@@ -187,16 +200,16 @@ def _forward(q, k, v, lengths, block):
     return _joined(heads, Q), sums
 
 
-def _kept(q, k, v, lengths, block):
-    heads, sums = _forward(q, k, v, lengths, block)
-    return (heads, _joined(jnp.moveaxis(sums, 4, 2), q.shape[1])), (q, k, v, lengths, heads, sums)
+def _kept(q, k, v, seen, block):
+    heads, sums = _forward(q, k, v, seen, block)
+    return (heads, _joined(jnp.moveaxis(sums, 4, 2), q.shape[1])), (q, k, v, seen, heads, sums)
 
 
 def _backward(block, kept, cotangents):
-    q, k, v, lengths, heads, sums = kept
+    q, k, v, seen, heads, sums = kept
     g, g_sums = cotangents
     Q, S, dtype = q.shape[1], k.shape[1], v.dtype
-    mean = _mean_cotangent(g, heads, g_sums)
+    mean, scores_of = _mean_cotangent(g, heads, g_sums), _scorer(seen, Q, S, block)
     q, k, v, g, mean = (_cut(x, block) for x in (q, k, v, g, mean))
 
     def queries(totals, inputs):
@@ -205,7 +218,7 @@ def _backward(block, kept, cotangents):
 
         def add(j, state):
             dq, dk, dv = state
-            weights = jnp.exp(_scores(q_i, k[j], i, j, lengths) - sums_i[..., None])
+            weights = jnp.exp(scores_of(q_i, k[j], i, j) - sums_i[..., None])
             dweights = _product("rqkga,rska->rkgqs", g_i, v[j]) - mean_i[..., None]
             dscores = (weights * dweights * q_i.shape[-1] ** -0.5).astype(dtype)
             dq = dq + _product("rkgqs,rska->rqkga", dscores, k[j])
@@ -214,7 +227,7 @@ def _backward(block, kept, cotangents):
             return dq, dk, dv
 
         start = (jnp.zeros(q_i.shape, jnp.float32), *totals)
-        dq, dk, dv = jax.lax.fori_loop(0, i + 1 if lengths is None else k.shape[0], add, start)
+        dq, dk, dv = jax.lax.fori_loop(0, i + 1 if seen is None else k.shape[0], add, start)
         return (dk, dv), dq.astype(dtype)
 
     totals = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))

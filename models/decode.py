@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.qwen import Params, block, constrain, final_norm, places, run_layers, run_shared
+from gcpo_jax.models.qwen import Blocks, Params, block, constrain, final_norm, places, run_layers, run_shared
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 Caches = Cache | tuple[Cache, ...]  # of layers stacked, or by layer
@@ -34,33 +34,42 @@ def prefill(
 def prefill_shared(
     model_config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B n P"],
-    lengths: Int[Array, "B n"],
-    common: Int[Array, " B"],
-    common_width: int,
-    own_width: int,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    rows: Int[Array, "B n W"],
+    row_lengths: Int[Array, "B n"],
+    width: int,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
-    """As prefill, b = B n prompts of which every n begin alike: what they have in common is computed once.
+    """As prefill, of b = B n prompts: rows that follow what every n of them share, which is computed once.
 
     Args:
-      common: how many of their first tokens the n prompts share; fewer than each has.
-      common_width, own_width: columns for them, and for a prompt's other tokens; the longest decides.
+      row_lengths: at least 1.
+      width: of the caches, no less than any prompt's tokens.
+      blocks: as in encode_shared.
     """
-    B, n, P = tokens.shape
-    at = common[:, None, None] + jnp.arange(own_width)[None, None]
-    own = jnp.take_along_axis(tokens, jnp.minimum(at, P - 1), axis=2)
-    first = tokens[:, 0, :common_width]
-    _, hidden, caches = run_shared(model_config, params, first, common, own, "none", keep_cache=True)
-    last = jnp.take_along_axis(hidden, (lengths - common[:, None] - 1)[..., None, None], axis=2)
+    B, n, W = rows.shape
+    _, hidden, cache = run_shared(model_config, params, prompts, lengths, rows, "none", blocks, keep_cache=True)
+    last = jnp.take_along_axis(hidden, (row_lengths - 1)[..., None, None], axis=2)
 
-    def place(first, own, at):  # [L, K, common_width, A], [L, K, own_width, A]
-        whole = jnp.pad(first, ((0, 0), (0, 0), (0, own_width), (0, 0)))
-        return jax.lax.dynamic_update_slice_in_dim(whole, own, at, axis=2)
+    def valid(lengths, width):
+        return jnp.arange(width).reshape((1,) * lengths.ndim + (width,)) < lengths[..., None]
 
-    each = jax.vmap(jax.vmap(place, (None, 1, None), 1), (1, 1, 0), 1)
-    joined = (each(x, y, common)[..., :P, :] for x, y in zip(*caches, strict=True))
-    cache = tuple(x.reshape(x.shape[0], B * n, *x.shape[3:]) for x in joined)
-    return last.reshape(B * n, -1), constrain(model_config, cache, "prompt_cache")
+    # Of all columns those that are a prompt's come first, in their order; keys know their positions.
+    mine = [jnp.broadcast_to(valid(lengths, prompts.shape[1])[:, None], (B, n, prompts.shape[1]))]
+    if blocks is not None:
+        in_block = blocks.seen[..., None] & valid(blocks.lengths, blocks.tokens.shape[2])[:, None]
+        mine.append(in_block.reshape(B, n, -1))
+    own = valid(row_lengths, W)[:, :, None] & jnp.eye(n, dtype=bool)[None, :, :, None]
+    mine = jnp.concatenate([*mine, own.reshape(B, n, n * W)], axis=-1)
+    order = jnp.argsort(~mine, axis=-1, stable=True)[..., :width]
+    order = jnp.pad(order, ((0, 0), (0, 0), (0, width - order.shape[-1])))
+
+    def of_each(x):  # [L, B, K, S, A] -> [L, B n, K, width, A]
+        x = jax.vmap(lambda x, at: jnp.take(x, at, axis=2), (1, 0), 1)(x, order).swapaxes(2, 3)
+        return x.reshape(x.shape[0], B * n, *x.shape[3:])
+
+    return last.reshape(B * n, -1), constrain(model_config, tuple(map(of_each, cache)), "prompt_cache")
 
 
 def init_cache(model_config: ModelConfig, B: int, n: int, T: int) -> Cache:
@@ -84,15 +93,17 @@ def decode_step(
     lengths: Int[Array, " B"],
     prompt_cache: Caches,
     own_cache: Caches,
+    starts: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B n D"], Caches]:
     """Feed each row's latest token, which is its generated token number `age` (from 0).
 
     Args:
       column: of the caches, where this step's keys and values go; the step before wrote the column before, modulo T.
       age: below T. Columns that are more than `age` steps old are not this prompt's and count for nothing.
-      lengths: of the prompts; the tokens stand at position lengths + age.
+      lengths: of the prompts.
       params, prompt_cache, own_cache: layers stacked; or all of them by_layer, and own_cache then without n where it is
         1: with that axis XLA on a CPU writes twice, for the product and for the next step, into copies.
+      starts: position of the first generated token; None: the prompts' lengths.
 
     Returns:
       Hidden states after the final norm, and own_cache with the tokens' keys and values written in place.
@@ -105,7 +116,7 @@ def decode_step(
         if apart
         else (prompt_cache[0].shape[3], own_cache[1].shape[4])
     )
-    positions = jnp.broadcast_to((lengths + age)[:, None], (B, n))
+    positions = jnp.broadcast_to(((lengths if starts is None else starts) + age)[:, None], (B, n))
     in_prompt = (jnp.arange(P)[None, :] < lengths[:, None])[:, None, None, None, :]
     steps_old = (column - jnp.arange(T)) % T
     in_own = (steps_old[None, :] <= age[:, None])[:, None, None, None, :]

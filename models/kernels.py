@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from gcpo_jax.config import ConfigError
 from gcpo_jax.models import attention
@@ -93,16 +93,16 @@ def shared(
     v: Float[Array, "B n T K A"],
     prompt_k: Float[Array, "B P K A"],
     prompt_v: Float[Array, "B P K A"],
-    prompt_lengths: Int[Array, " B"],
+    seen: Bool[Array, "B m P"],
 ) -> Float[Array, "B n T K G A"]:
     """attention.shared_attention, by the model's kernel.
 
     Each row gets a copy of its prompt's keys and values, which grouped queries keep small beside the rest of a layer.
     """
     if c.attention == "plain":
-        return attention.shared_attention(q, k, v, prompt_k, prompt_v, prompt_lengths)
+        return attention.shared_attention(q, k, v, prompt_k, prompt_v, seen)
     kernel = _cudnn_shared if c.attention == "cudnn" else _splash_shared
-    return _on_mesh(c, kernel, q, k, v, prompt_k, prompt_v, prompt_lengths)
+    return _on_mesh(c, kernel, q, k, v, prompt_k, prompt_v, seen)
 
 
 def _on_mesh(c: ModelConfig, kernel: Callable, q, *others):
@@ -114,12 +114,12 @@ def _on_mesh(c: ModelConfig, kernel: Callable, q, *others):
         # Key/value heads that the mesh does not divide: each query head gets a copy of its own, and those are cut.
         heads, G = "heads", q.shape[-2]
         q = q.reshape(*shape[:-3], -1, 1, shape[-1])
-        others = [jnp.repeat(x, G, axis=-2) if x.ndim > 1 else x for x in others]
+        others = [jnp.repeat(x, G, axis=-2) if x.ndim > 3 else x for x in others]
 
     def spec(x, heads_at):
         names: list[str | None] = [None] * x.ndim
         names[0] = "rows"
-        if x.ndim > 1:
+        if x.ndim > 3:  # not which keys are seen
             names[heads_at] = heads
         return layout.spec(names)
 
@@ -137,7 +137,7 @@ def _cudnn(q, k, v):
     return heads.reshape(q.shape)
 
 
-def _cudnn_shared(q, k, v, prompt_k, prompt_v, lengths):
+def _cudnn_shared(q, k, v, prompt_k, prompt_v, seen):
     """Of q[B, n, T, K, G, A] in rows of prompt and completion without a gap, since cuDNN masks no keys in the middle.
 
     The prompt's own queries, zeros, are computed in vain: n P^2 / 2 products beside the n T (P + T / 2) that count. To
@@ -150,12 +150,18 @@ def _cudnn_shared(q, k, v, prompt_k, prompt_v, lengths):
         whole = jnp.pad(first, ((0, T), *((0, 0),) * (first.ndim - 1)))
         return jax.lax.dynamic_update_slice_in_dim(whole, own, at, axis=0)
 
-    each = jax.vmap(jax.vmap(behind, (None, 0, None)))
+    each = jax.vmap(jax.vmap(behind))
     nothing = jnp.zeros((*prompt_k.shape[:2], *q.shape[3:]), q.dtype)
-    packed = (each(x, own, lengths) for x, own in ((nothing, q), (prompt_k, k), (prompt_v, v)))
+    first = [jnp.broadcast_to(x[:, None], (B, n, *x.shape[1:])) for x in (nothing, prompt_k, prompt_v)]
+    if seen.shape[1] > 1:
+        # What a row sees to the front; no mask asks where a key of the prompt stands.
+        order = jnp.argsort(~seen, axis=-1, stable=True)[..., None, None]
+        first[1:] = (jnp.take_along_axis(x, order, axis=2) for x in first[1:])
+    lengths = jnp.broadcast_to(seen.sum(axis=-1), (B, n))
+    packed = (each(x, own, lengths) for x, own in zip(first, (q, k, v), strict=True))
     heads = _cudnn(*(x.reshape(B * n, *x.shape[2:]) for x in packed))
     heads = heads.reshape(B, n, *heads.shape[1:])
-    own = jax.vmap(jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, T), (0, None)))
+    own = jax.vmap(jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, T)))
     return own(heads, lengths)
 
 
@@ -190,16 +196,16 @@ def _splash(q, k, v, seen: Bool[Array, "R S"] | None = None):
     return heads.swapaxes(1, 2)[:, :Q].reshape(R, Q, K, G, A)
 
 
-def _splash_shared(q, k, v, prompt_k, prompt_v, lengths):
+def _splash_shared(q, k, v, prompt_k, prompt_v, seen):
     """Of q[B, n, T, K, G, A] in rows of the padded prompt's keys and the completion's own."""
     B, n, T = q.shape[:3]
 
     def in_front(prompt, own):
-        prompt = jnp.broadcast_to(prompt[:, None], (B, n, *prompt.shape[1:]))
+        prompt = jnp.broadcast_to(prompt, (B, n, *prompt.shape[2:]))
         return _rows(jnp.concatenate([prompt, own], axis=2))
 
-    seen = in_front(jnp.arange(prompt_k.shape[1])[None] < lengths[:, None], jnp.ones((B, n, T), bool))
-    return _splash(_rows(q), in_front(prompt_k, k), in_front(prompt_v, v), seen).reshape(q.shape)
+    seen = in_front(seen, jnp.ones((B, n, T), bool))
+    return _splash(_rows(q), in_front(prompt_k[:, None], k), in_front(prompt_v[:, None], v), seen).reshape(q.shape)
 
 
 def _rows(x):

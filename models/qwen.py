@@ -6,7 +6,7 @@ Modules are Flax NNX and only define the block; parameters are a plain dict of a
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -244,29 +244,68 @@ def encode(
     return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
 
 
-def run_shared(c: ModelConfig, params: Params, prompts, lengths, completions, remat: str, keep_cache: bool = False):
-    """Of prompts[B, P] and the completions[B, n, T] that follow each: hidden states [B, P, D] and [B, n, T, D].
+class Blocks(NamedTuple):
+    """m blocks of A tokens that follow a prompt, all at the same positions and blind to each other."""
 
-    And, if asked for, keys and values of the prompts [L, B, K, P, A] and of the completions [L, B, n, K, T, A].
+    tokens: Any  # [B, m, A]
+    lengths: Any  # [B, m]
+    seen: Any  # [B, n, m] bool: which of them each row that follows sees
+
+
+def run_shared(
+    c: ModelConfig,
+    params: Params,
+    prompts,
+    lengths,
+    rows,
+    remat: str,
+    blocks: Blocks | None = None,
+    keep_cache: bool = False,
+):
+    """Of prompts[B, P] and the rows[B, n, T] that follow each: hidden states [B, P, D] and [B, n, T, D].
+
+    And, if asked for, keys and values [L, B, K, P + m A + n T, A] of prompt, blocks and rows.
+    With blocks a row stands behind the longest that it sees. No gradient then flows through them and the prompt.
     """
-    B, n, T = completions.shape
-    P = prompts.shape[1]
-    own = lengths[:, None, None] + jnp.arange(T)[None, None, :]
-    tokens = jnp.concatenate([prompts, completions.reshape(B, n * T)], axis=1)
-    positions = jnp.concatenate([places(prompts), jnp.broadcast_to(own, (B, n, T)).reshape(B, n * T)], axis=1)
+    B, n, T = rows.shape
+    P, m, A = prompts.shape[1], *((0, 0) if blocks is None else blocks.tokens.shape[1:])
+    in_prompt = jnp.arange(P)[None, None] < lengths[:, None, None]
+    starts = jnp.broadcast_to(lengths[:, None], (B, n))
+    tokens, positions = [prompts], [places(prompts)]
+
+    def place(more, starts):
+        tokens.append(more.reshape(B, -1))
+        positions.append((starts[..., None] + jnp.arange(more.shape[2])[None, None]).reshape(B, -1))
+
+    if blocks is not None:
+        place(blocks.tokens, jnp.broadcast_to(lengths[:, None], (B, m)))
+        starts = starts + jnp.max(jnp.where(blocks.seen, blocks.lengths[:, None], 0), axis=-1)
+        in_block = jnp.arange(A)[None, None] < blocks.lengths[..., None]
+        in_block = (blocks.seen[..., None] & in_block[:, None]).reshape(B, n, m * A)
+        seen = jnp.concatenate([jnp.broadcast_to(in_prompt, (B, n, P)), in_block], axis=-1)
+    place(rows, starts)
 
     def parts(x):
-        return x[:, :P], x[:, P:].reshape(B, n, T, *x.shape[2:])
+        shapes = ((P,), (m, A), (n, T))
+        ends = (P, P + m * A)
+        return (y.reshape(B, *shape, *x.shape[2:]) for y, shape in zip(jnp.split(x, ends, axis=1), shapes, strict=True))
 
     def attend(q, k, v):
-        (q, own_q), (k, own_k), (v, own_v) = map(parts, (q, k, v))
-        heads = kernels.shared(c, own_q, own_k, own_v, k, v, lengths).reshape(B, n * T, *q.shape[2:])
-        heads = jnp.concatenate([kernels.causal(c, q, k, v), heads], axis=1)
-        cache = (k.swapaxes(1, 2), v.swapaxes(1, 2)), (own_k.swapaxes(2, 3), own_v.swapaxes(2, 3))
-        return heads, cache if keep_cache else None
+        (q_first, q_block, q_own), (k_first, k_block, k_own), (v_first, v_block, v_own) = map(parts, (q, k, v))
+        first = kernels.causal(c, q_first, k_first, v_first)
+        if blocks is None:
+            heads = [first, kernels.shared(c, q_own, k_own, v_own, k_first, v_first, in_prompt)]
+        else:
+            middle = kernels.shared(c, q_block, k_block, v_block, k_first, v_first, in_prompt)
+            context = (jax.lax.stop_gradient(x[:, : P + m * A]) for x in (k, v))
+            heads = [first, middle, kernels.shared(c, q_own, k_own, v_own, *context, seen)]
+        heads = jnp.concatenate([x.reshape(B, -1, *q.shape[2:]) for x in heads], axis=1)
+        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
-    hidden, cache = run_layers(c, params, tokens, positions, attend, remat)
-    return *parts(hidden), cache
+    places_of = jnp.concatenate(positions, axis=1)
+    hidden, cache = run_layers(c, params, jnp.concatenate(tokens, axis=1), places_of, attend, remat)
+    first, _, own = parts(hidden)
+    return first, own, cache
 
 
 def encode_shared(
@@ -274,19 +313,22 @@ def encode_shared(
     params: Params,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
-    completions: Int[Array, "B n T"],
+    rows: Int[Array, "B n T"],
     remat: str = "none",
+    blocks: Blocks | None = None,
 ) -> Float[Array, "B n T D"]:
-    """The hidden states that predict each completion's tokens, with the prompt computed once for the n that share it.
+    """The hidden states that predict each row's tokens, with the prompt computed once for the n rows that follow it.
 
-    Column j is the state of the token before token j: for the first, the prompt's last. Those from a completion's
-    length on mean nothing. Equal, gradients included, to encode on prompt and completion together, row by row.
+    Column j is the state of the token before token j: for the first, the prompt's last. Those from a row's length on
+    mean nothing. Equal, gradients included, to encode on prompt and row together, row by row.
 
     Args:
       lengths: of the prompts, at least 1.
       remat: as in encode.
+      blocks: between the prompt and the rows, which see some of them (InBlocks). Column 0 then means nothing, and no
+        gradient flows through what stands before the rows.
     """
-    prompt, own, _ = run_shared(model_config, params, prompts, lengths, completions, remat)
+    prompt, own, _ = run_shared(model_config, params, prompts, lengths, rows, remat, blocks)
     last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
     first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[3]))
     return jnp.concatenate([first, own[:, :, :-1]], axis=2)

@@ -1,10 +1,10 @@
-"""What each saving of GCPO's estimator costs: bias and spread of Υ and of the gradient, beside the time it takes.
+"""What each saving of GCPO's estimator costs: bias and spread of Υ and of the gradient, beside the work it takes.
 
     python scripts/estimators.py --model configs/tiny_model --out docs/results/estimators_tiny
     python scripts/estimators.py --recipe smollm2 --model DIR --data words.jsonl --queries 4 --group 4 --tokens 48 \\
         --repeats 4 --no-gradient --out docs/results/estimators_smollm2
 
-Candidates are sampled once. Every estimator then makes its integrated outputs, contexts and roll-outs anew --repeats
+Candidates are sampled once: of a few steps' those whose rewards differ in the most groups. Every estimator then makes its integrated outputs, contexts and roll-outs anew --repeats
 times; the oracle is the mean over the repeats of the paper's estimator, with L = R = n and whole roll-outs. Both mean
 and oracle are noisy themselves: what that adds to a squared bias is taken off it. Writes OUT.json and OUT.md.
 """
@@ -25,6 +25,7 @@ import optax
 from gcpo_jax import config as config_lib
 from gcpo_jax import learner, metrics, models, provenance, rollout, tasks, train
 
+STEPS = 32  # whose candidates are looked at
 # The gradient itself as the optimizer's state, parameters untouched.
 KEEP = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -99,6 +100,15 @@ def compare(name: str, mine: Measured, oracle: Measured, n: int) -> dict[str, An
     return row
 
 
+def most_active(config, model_config, params, contexts, reward, problems) -> int:
+    """The step whose candidates' rewards differ in the most groups."""
+    actor = rollout.Actor(
+        dataclasses.replace(config, algorithm=config_lib.preset("grpo")), model_config, params, contexts
+    )
+    active = [rollout.collect(actor, reward, problems, s, metrics.Timers()).active.sum() for s in range(STEPS)]
+    return int(np.argmax(active))
+
+
 def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The table's rows, and what they were measured on."""
     model_config, params = models.load_pretrained(config.model.path)
@@ -107,6 +117,7 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
     rows, _ = train.within_limit(config, contexts, task.train, model_config.vocab_size)
     problems = rows[: config.rollout.queries]
     n = config.rollout.group_size
+    step = most_active(config, model_config, params, contexts, reward, problems)
     oracle, table_rows = Measured(), []
     active = np.zeros(0, bool)
     for name, algorithm in estimators(n, config.rollout.max_new_tokens).items():
@@ -115,8 +126,8 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
         update, state = learner.make_update(model_config, of, KEEP), None
         measured = Measured() if table_rows else oracle
         for repeat in range(repeats):
-            timers, began = metrics.Timers(), time.perf_counter()
-            exp = rollout.collect(actor, reward, problems, 0, timers, repeat=repeat + 1)
+            began = time.process_time()
+            exp = rollout.collect(actor, reward, problems, step, metrics.Timers(), repeat=repeat + 1)
             active = exp.active
             gradient = None
             if gradients:
@@ -124,13 +135,13 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
                 state = state or learner.TrainState(jax.tree.map(jnp.copy, params), KEEP.init(params))
                 state = update(state, batch)[0]
                 gradient = np.concatenate([np.ravel(g) for g in jax.tree.leaves(jax.device_get(state.opt_state))])
-            seconds = time.perf_counter() - began - timers.read()["time/sample_s"]
-            measured.add(exp.upsilon[active].ravel(), gradient, seconds)
+            measured.add(exp.upsilon[active].ravel(), gradient, time.process_time() - began)
         table_rows.append(compare(name, measured, oracle, n))
         print(json.dumps(table_rows[-1]), flush=True)
     truth = np.mean(oracle.upsilon, axis=0).reshape(-1, n)
     about = {
         "queries": len(problems),
+        "step": step,
         "active_groups": int(active.sum()),
         "group_size": n,
         "max_new_tokens": config.rollout.max_new_tokens,
@@ -143,7 +154,7 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The Markdown table."""
-    head = ["estimator", "s", "Υ bias", "Υ spread", "corr with oracle", "gradient bias", "gradient spread"]
+    head = ["estimator", "processor s", "Υ bias", "Υ spread", "corr with oracle", "gradient bias", "gradient spread"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         values = list(row.values())[2:]

@@ -80,11 +80,11 @@ def batch(seed: int, N=16, S=24) -> learner.Batch:
     mask = (np.arange(T)[None, :] < completion[:, None]).astype(np.float32)
     row = rng.permutation(N)[:8].astype(np.int32)
     contexts, context_lengths = ragged(8, 32 - T)
+    completions = rng.integers(2, 40, (N, 1, T)).astype(np.int32)
     kl = learner.KlBatch(
         row=row,
         weight=np.full(8, 2, np.float32),
-        contexts=contexts[:, None],
-        context_lengths=context_lengths[:, None],
+        contexts=scorer.Rows(contexts, context_lengths, None, completions[row], None, completion[row][:, None]),
         weight_x=np.ones((8, 1), np.float32),
         weight_phi=np.full((8, 1), 0.5, np.float32),
         phi_rest=rng.uniform(0, 0.02, (8, T)).astype(np.float32),
@@ -93,7 +93,7 @@ def batch(seed: int, N=16, S=24) -> learner.Batch:
     return learner.Batch(
         prompts=prompts,
         prompt_lengths=prompt_lengths,
-        completions=rng.integers(2, 40, (N, 1, T)).astype(np.int32),
+        completions=completions,
         lengths=completion[:, None],
         weights=mask / completion[:, None].astype(np.float32) / N,
         mask=mask,
@@ -218,13 +218,14 @@ def test_decoding_moves_activations_and_no_parameters():
     config = model((2, 2, 2))
     ids, lengths = np.ones((8, 16), np.int32), np.full(8, 5, np.int32)
     numbers = np.arange(8, dtype=np.int32)
-    rows = partition.put_rows(config.layout, ids, lengths, numbers, lengths > 0, 0 * numbers)
+    prompts = slots.Prompts(ids, lengths, None, None, None)
+    rows = partition.put_rows(config.layout, prompts, lengths, lengths, numbers, lengths > 0)
     how = dict(
         n=2,
         together=2,
         lanes=8,
         computed=8,
-        beginnings=(1, 0, 0),
+        width=16,
         max_new_tokens=4,
         temperature=1.0,
         top_k=0,

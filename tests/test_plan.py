@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gcpo_jax import (
     advice,
+    batching,
     estimate,
     hardware,
     learner,
@@ -93,7 +94,7 @@ def test_the_sampling_copy_and_the_reference_are_counted_where_there_are_such():
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
 def test_cache_bytes_are_those_that_sampling_allocates(mesh):
     _, model = laid_out(mesh)
-    shapes = sampler.Call(2, 16, 4, 2, 2, (1, 0, 0))
+    shapes = sampler.Call(2, 16, 4, 2, 2, batching.Shape(1, 16, 0))
     call = workload.Call("sample", "sampler", rows=2, width=16, n=4, tokens=8, slots=shapes)
     params = models.init_params(model)
     if model.layout is not None:
@@ -115,30 +116,25 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
     c = config(preset=preset)
     made = collections.Counter()
 
-    def sampled(model_config, params, prompts, lengths, index, real, common, key, *, n, max_new_tokens, **_):
-        made["sampler", prompts.shape, n, max_new_tokens, 0] += 1
-        size = (len(prompts), n)
+    def sampled(model_config, params, prompts, lengths, end, index, real, key, *, n, max_new_tokens, width, **_):
+        made["sampler", (len(lengths), width), n, max_new_tokens, 0] += 1
+        size = (len(lengths), n)
         return (
             np.zeros((*size, max_new_tokens), np.int32),
             np.zeros((*size, max_new_tokens)),
             np.full(size, max_new_tokens),
         )
 
-    def scored(model_config, params, prompts, prompt_lengths, completions, lengths, temperature):
-        made["scorer", prompts.shape, *completions.shape[1:], 0] += 1
-        return np.zeros(completions.shape, np.float32), None
-
-    def ending(model_config, params, prompts, prompt_lengths, rows, starts, lengths, width, temperature):
-        made["scorer", prompts.shape, rows.shape[1], width, rows.shape[2] - width] += 1
-        return np.zeros((*starts.shape, width), np.float32)
+    def scored(model_config, params, rows, width, temperature):
+        made["scorer", rows.prompts.shape, rows.rows.shape[1], width, rows.rows.shape[2] - width] += 1
+        return np.zeros((*rows.lengths.shape, width), np.float32)
 
     def hidden(model_config, params, tokens, lengths):
         made["hidden", tokens.shape, 1, 0, 0] += 1
         return np.ones((len(tokens), model_config.hidden_size), np.float32)
 
     monkeypatch.setattr(slots, "run", sampled)
-    monkeypatch.setattr(scorer, "_completion_logprobs", scored)
-    monkeypatch.setattr(scorer, "_ending_logprobs", ending)
+    monkeypatch.setattr(scorer, "_row_logprobs", scored)
     monkeypatch.setattr(scorer, "_last_hidden", hidden)
     # Equal sequences are represented once: every one asked for is told apart here.
     monkeypatch.setattr(scorer, "dict", SimpleNamespace(fromkeys=lambda keys: list(keys)), raising=False)

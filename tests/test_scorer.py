@@ -206,7 +206,7 @@ def test_prompts_that_begin_alike_share_that_and_score_as_each_by_itself(params,
     prompts[7] = prompts[6]  # nothing keeps a group from holding the same prompt twice
     completions = [rng.integers(0, 24, k).tolist() for k in (3, 8, 1, 5, 8, 4, 0, 2)]
     alone = scorer.score(CONFIG, params, prompts, completions, width=T)
-    monkeypatch.setattr(scorer, "_completion_logprobs", None)  # not by the program of whole prompts
+    monkeypatch.setattr(scorer, "completion_logprobs", None)  # not by the program of whole prompts
     together = scorer.score(CONFIG, params, prompts, completions, width=T, max_rows=max_rows, alike=4)
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -214,5 +214,5 @@ def test_prompts_that_begin_alike_share_that_and_score_as_each_by_itself(params,
 def test_prompts_that_should_begin_alike_and_do_not_score_as_each_by_itself(params, monkeypatch):
     prompts, completions = [[1, 2], [1, 3], [1, 2], [2, 2]], [[1], [2, 3], [4], [5]]
     alone = scorer.score(CONFIG, params, prompts, completions, width=T)
-    monkeypatch.setattr(scorer, "_ending_logprobs", None)
+    monkeypatch.setattr(models, "encode_shared", None)  # by the program just compiled
     np.testing.assert_array_equal(scorer.score(CONFIG, params, prompts, completions, width=T, alike=2), alone)

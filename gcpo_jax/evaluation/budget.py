@@ -7,7 +7,7 @@ import numpy as np
 
 from gcpo_jax import config as config_lib
 from gcpo_jax import contexts, estimate, hardware, models, sampler
-from gcpo_jax.batching import bucket
+from gcpo_jax.batching import Shape, bucket
 from gcpo_jax.evaluation import forms, prompts, settings
 from gcpo_jax.evaluation.settings import EvalConfig
 from gcpo_jax.evaluation.table import clock, markdown
@@ -54,7 +54,7 @@ def seconds(config: EvalConfig, model: models.ModelConfig, part: Part, device: h
     T, width = config.sampling.max_new_tokens, bucket(part.width)
 
     def call(rows: int) -> Call:
-        slots = sampler.Call(rows, width, 1, rows, rows, (1, 0, 0))
+        slots = sampler.Call(rows, width, 1, rows, rows, Shape(1, width, 0))
         return Call("sample", "sampler", rows, width, tokens=T, steps=T, slots=slots)
 
     free = (1 - HEADROOM) * device.memory - estimate.local_bytes(models.shapes(model), None)

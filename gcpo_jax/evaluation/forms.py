@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gcpo_jax import models, sampler
+from gcpo_jax.batching import Prompt
 from gcpo_jax.config import ConfigError
 from gcpo_jax.contexts import ContextBuilder, Ids
 from gcpo_jax.evaluation import projected, prompts
@@ -31,7 +32,7 @@ class Policy:
     contexts: ContextBuilder
 
 
-def check_length(config: EvalConfig, model_config: models.ModelConfig, prompts: Sequence[Ids]) -> None:
+def check_length(config: EvalConfig, model_config: models.ModelConfig, prompts: Sequence[Prompt]) -> None:
     """Refuse completions that would run past the positions that a model was made for.
 
     Raises:
@@ -88,7 +89,7 @@ def sample(policy: Policy, benchmark: Benchmark, places: Sequence[int], key) -> 
     return [drawn[at : at + n] for at in range(0, len(drawn), n)]
 
 
-def _draw(policy: Policy, asked: Sequence[Ids], n: int, key, index: Sequence[int]) -> list[list[Ids]]:
+def _draw(policy: Policy, asked: Sequence[Prompt], n: int, key, index: Sequence[int]) -> list[list[Ids]]:
     settings = policy.config.sampling
     check_length(policy.config, policy.model_config, asked)
     return sampler.sample(

@@ -93,6 +93,7 @@ _RULES = config_lib.Rules(
         "model.attention": ("auto", "plain", "cudnn", "splash"),
         "model.dtype": ("float32", "bfloat16"),
         "input.form": ("q", "x", "projected"),
+        "contexts.attention": ("causal", "block"),
         "contexts.style": ("auto", "chat", "base", "tiny"),
         "contexts.text": ("auto", "full", "answer"),
     },
@@ -146,6 +147,8 @@ def validate(config: EvalConfig, needs_model: bool = True) -> None:
     for field in ("prompts.answer", "prompts.code"):
         if "{problem}" not in values[field]:
             wrong.append(f"{field}={values[field]!r}: must contain {{problem}}")
+    if values["contexts.attention"] == "block" and values["input.form"] == "projected":
+        wrong.append("contexts.attention='block': must be causal with input.form=projected")
     if not names(config):
         wrong.append(f"benchmarks={config.benchmarks!r}: must name one of {', '.join(benchmarks.NAMED)}, or a file")
     if needs_model and not config.model.path:
