@@ -122,9 +122,9 @@ class _Recorder(rollout.Actor):
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
         for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards, alike):
-            n, width, own, *blocks = call.shape
-            shapes = {"rows": call.prompts, "width": width, "n": n, "tokens": call.tokens}
-            self._note("scorer", **shapes, rest=own - call.tokens, blocks=tuple(blocks))
+            shape = call.shape
+            shapes = {"rows": call.prompts, "width": shape.first, "n": shape.n, "tokens": call.tokens}
+            self._note("scorer", **shapes, rest=shape.own - call.tokens, blocks=(shape.blocks, shape.block))
         return np.zeros((len(prompts), width), np.float32)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:

@@ -6,6 +6,7 @@
     python scripts/benchmark.py shared                                   what n samples of a long prompt share
     python scripts/benchmark.py gcpo --smollm2=DIR --data TRAIN HELD     steps of gcpo against steps of grpo
     python scripts/benchmark.py paper                                    steps of gcpo_paper against a loop
+    python scripts/benchmark.py contexts                                 steps with contexts in blocks, and causal ones
     python scripts/benchmark.py startup                                  the command until its first update
     python scripts/benchmark.py roofline                                 against the device's bandwidth and matrix peak
 
@@ -164,6 +165,21 @@ def paper(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Con
     return {f"{args.shape}, {args.tokens} tokens": [mine, loop]}
 
 
+def contexts(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
+    """Steps whose contexts' candidates do not see each other, and of those that do; candidates are quoted whole."""
+    spec = {"work": "step", "directory": write_model(scratch, args.shape), "model": MODELS[args.shape], **BATCH}
+    spec |= {"end_ids": never(args.shape), "prompts": 2}
+    spec["changes"] = {"contexts.cap": 128, "learner.micro_batch": 16, "rollout.max_rows": 128}
+    spec["changes"] |= {"learner.learning_rate": 0.0, "algorithm.rollout_tokens": 32}
+    return {
+        f"{args.shape}, {preset}": [
+            ours(name, spec | {"preset": preset, "changes": spec["changes"] | {"contexts.attention": name}})
+            for name in ("block", "causal")
+        ]
+        for preset in args.presets
+    }
+
+
 def roofline(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
     """Decoding against memory bandwidth, the update against the matrix peak."""
     accelerator = jax.default_backend() != "cpu"
@@ -242,6 +258,7 @@ WORKS = {
     "shared": (shared, "seconds"),
     "gcpo": (gcpo, "seconds"),
     "paper": (paper, "seconds"),
+    "contexts": (contexts, "seconds"),
     "roofline": (roofline, "tokens/s"),
 }
 
@@ -272,6 +289,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "paper":
             sub.add_argument("--shape", choices=list(MODELS), default="small")
             sub.add_argument("--tokens", type=int, default=48, help="of candidates, integrated outputs and roll-outs")
+        if name == "contexts":
+            sub.add_argument("--shape", choices=list(MODELS), default="small")
+            sub.add_argument("--presets", nargs="+", default=["gcpo", "gcpo_paper"])
         if name == "startup":
             sub.add_argument("--variant", default="gcpo")
         if name == "roofline":

@@ -34,7 +34,7 @@ KEEP = optax.GradientTransformation(
 
 
 def estimators(n: int, tokens: int) -> dict[str, config_lib.Algorithm]:
-    """The oracle first. None clips Υ at 0, so that all estimate the same."""
+    """The oracle first. None clips Υ at 0, so that all estimate the same. "in blocks": see contexts.attention."""
     sizes = sorted({k for k in (1, 2, 4) if k < n} | {n})
     found = {"gcpo_paper": config_lib.preset("gcpo_paper")}
     for L in sizes:
@@ -44,6 +44,7 @@ def estimators(n: int, tokens: int) -> dict[str, config_lib.Algorithm]:
             )
     half = tokens // 2
     found[f"gcpo L=2 R=2 M={half}"] = dataclasses.replace(config_lib.preset("gcpo"), rollout_tokens=half)
+    found["gcpo L=2 R=2 in blocks"] = found["gcpo L=2 R=2"]
     found["gcpo_loo L=2 R=2"] = dataclasses.replace(config_lib.preset("gcpo_loo"), rollout_tokens=tokens)
     found["gcpo_bayes"] = config_lib.preset("gcpo_bayes")
     return {name: dataclasses.replace(a, clip_negative=False, beta=0.0) for name, a in found.items()}
@@ -121,8 +122,11 @@ def measure(config: config_lib.Config, repeats: int, gradients: bool) -> tuple[l
     oracle, table_rows = Measured(), []
     active = np.zeros(0, bool)
     for name, algorithm in estimators(n, config.rollout.max_new_tokens).items():
-        of = dataclasses.replace(config, algorithm=algorithm)
-        actor = rollout.Actor(of, model_config, params, contexts)
+        attention = "block" if name.endswith("in blocks") else "causal"
+        of = dataclasses.replace(
+            config, algorithm=algorithm, contexts=dataclasses.replace(config.contexts, attention=attention)
+        )
+        actor = rollout.Actor(of, model_config, params, train.make_contexts(of, model_config))
         update, state = learner.make_update(model_config, of, KEEP), None
         measured = Measured() if table_rows else oracle
         for repeat in range(repeats):

@@ -35,6 +35,7 @@ def test_every_preset_is_valid(name):
 @pytest.mark.parametrize(
     ("change", "value", "words"),
     [
+        ("contexts__attention", "tree", "contexts.attention='tree': must be one of causal, block"),
         ("rollout__group_size", 1, "rollout.group_size=1: must be at least 2"),
         ("rollout__temperature", 0.0, "rollout.temperature=0.0: must be above 0"),
         ("rollout__top_p", 1.5, "rollout.top_p=1.5: must be at most 1"),
@@ -125,3 +126,13 @@ def test_overrides_that_cannot_be_are_refused(tmp_path, override, words):
 def test_fields_are_typed_without_postponed_annotations():
     for section in dataclasses.fields(config_lib.Config):
         assert isinstance(section.type, type)
+
+
+def test_contexts_in_blocks_are_refused_where_something_reads_them_as_causal():
+    config = valid(contexts__attention="block", train__audit_steps=(0,))
+    with pytest.raises(config_lib.ConfigError, match=r"train.audit_steps=\[0\]: must be empty with contexts.attention"):
+        config_lib.validate(config)
+    evaluation = settings.EvalConfig()
+    evaluation.contexts.attention, evaluation.input.form = "block", "projected"
+    with pytest.raises(config_lib.ConfigError, match="contexts.attention='block': must be causal with input.form"):
+        settings.validate(evaluation, needs_model=False)

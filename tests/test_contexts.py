@@ -131,6 +131,21 @@ def test_the_text_of_contexts_is_the_template_around_the_text_of_candidates():
     )
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_in_blocks_an_attempt_is_the_same_whoever_stands_beside_it(style):
+    c, plain = builder(STYLES[style](), attention="block"), builder(STYLES[style]())
+    parts = [[300], [301, 302], [303]]
+    whole, one = c.integrate(PROBLEM, parts), c.leave_one_out(PROBLEM, parts[1:2], [304])
+    assert whole.first == one.first == c.integrate(PROBLEM, []).first and whole.blocks[1:2] == one.blocks
+    assert [[k for k in block if k >= 300] for block in whole.blocks] == parts
+    assert [k for k in whole.ending if k >= 300] == [] and [k for k in one.ending if k >= 300] == [304]
+    assert c.query(PROBLEM) == plain.query(PROBLEM)
+    text = c.tokenizer.decode([*one], skip_special_tokens=False)
+    numbered = plain.tokenizer.decode(plain.leave_one_out(PROBLEM, parts[1:2], [304]), skip_special_tokens=False)
+    assert text == numbered.replace("Attempt 1", "Attempt").replace("are 1 independent", "are independent")
+    assert list(whole) != plain.integrate(PROBLEM, parts) or style == "tiny"
+
+
 def test_special_tokens_are_single_ids_and_pieces_tokenise_as_the_whole_text():
     tokenizer = bpe(CHATML)
     c = builder(tokenizer)

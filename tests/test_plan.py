@@ -109,15 +109,27 @@ def test_cache_bytes_are_those_that_sampling_allocates(mesh):
     assert estimate.cache_bytes(model, call) == on_device(caches(params))
 
 
-@pytest.mark.parametrize("preset", ["gcpo", "gcpo_paper"])
-def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
+def shapes(calls) -> collections.Counter:
+    def blocks(call):
+        return call.blocks if call.slots is None else tuple(call.slots.shared[3:])
+
+    return collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest, blocks(k)) for k in calls)
+
+
+@pytest.mark.parametrize(
+    ("preset", "attention"),
+    [("gcpo", "causal"), ("gcpo_paper", "causal"), ("gcpo_paper", "block"), ("gcpo_loo", "block")],
+)
+def test_the_calls_are_those_that_a_real_actor_makes(preset, attention, monkeypatch):
     """Only the device programs are stood in for: batching, padding and phases are the run's own."""
     _, model = laid_out((1, 1, 1))
     c = config(preset=preset)
+    c.contexts.attention = attention
     made = collections.Counter()
 
     def sampled(model_config, params, prompts, lengths, end, index, real, key, *, n, max_new_tokens, width, **_):
-        made["sampler", (len(lengths), width), n, max_new_tokens, 0] += 1
+        blocks = (0, 0) if prompts.blocks is None else prompts.blocks.tokens.shape[1:]
+        made["sampler", (len(lengths), width), n, max_new_tokens, 0, blocks] += 1
         size = (len(lengths), n)
         return (
             np.zeros((*size, max_new_tokens), np.int32),
@@ -126,11 +138,12 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
         )
 
     def scored(model_config, params, rows, width, temperature):
-        made["scorer", rows.prompts.shape, rows.rows.shape[1], width, rows.rows.shape[2] - width] += 1
+        blocks = (0, 0) if rows.blocks is None else rows.blocks.tokens.shape[1:]
+        made["scorer", rows.prompts.shape, rows.rows.shape[1], width, rows.rows.shape[2] - width, blocks] += 1
         return np.zeros((*rows.lengths.shape, width), np.float32)
 
     def hidden(model_config, params, tokens, lengths):
-        made["hidden", tokens.shape, 1, 0, 0] += 1
+        made["hidden", tokens.shape, 1, 0, 0, (0, 0)] += 1
         return np.ones((len(tokens), model_config.hidden_size), np.float32)
 
     monkeypatch.setattr(slots, "run", sampled)
@@ -144,8 +157,8 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
     exp = rollout.collect(actor, lambda *_: float(next(turns) % 2), rows, 0, metrics.Timers())
     batch = learner.make_batch(actor, {"a": 1}, exp)
     calls, planned = workload.step(c, model)
-    assert any(k.rest for k in calls) == (preset == "gcpo_paper")
-    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest) for k in calls) == made
+    assert any(k.rest for k in calls) == (preset != "gcpo")
+    assert shapes(calls) == made and any(blocks != (0, 0) for *_, blocks in made) == (attention == "block")
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), batch, planned)
 
     made.clear()
@@ -153,7 +166,7 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, monkeypatch):
     held_out.accuracy(actor, lambda *_: 1.0, lambda text: text, problems, c.evaluation.samples)
     calls = workload.evaluation(c, model)
     assert {k.phase for k in calls} == {"evaluate"} and c.evaluation.samples > 1
-    assert collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest) for k in calls) == made
+    assert shapes(calls) == made
 
 
 def test_shorter_completions_shorten_what_is_decoded_and_not_what_memory_is_planned_for():
