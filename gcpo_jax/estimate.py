@@ -18,6 +18,7 @@ from gcpo_jax.hardware import Device
 from gcpo_jax.models.attention import WHOLE_UP_TO
 from gcpo_jax.partition import Layout, layout_of, rows_at_a_time
 from gcpo_jax.scorer import TOKENS_PER_CHUNK
+from gcpo_jax.slots import ring_of
 from gcpo_jax.workload import FRAME_TOKENS, HEADING_TOKENS, Call
 
 # Shares of the data sheet's peaks that a step is assumed to reach; none was measured.
@@ -29,7 +30,7 @@ ASSUMPTIONS = (
     f"memory at {BANDWIDTH:.0%} of its bandwidth, links at {LINK:.0%}; parameters travel while products are computed",
     f"a decoded token waits for {COLLECTIVES} exchanges a layer of {LATENCY * 1e6:.0f} us where devices share it",
     f"contexts are framed by {FRAME_TOKENS} tokens and {HEADING_TOKENS} more a candidate; the problem is the longest",
-    "a decoded token reads the device's parameters and its whole caches; a call decodes until its last row ends",
+    "a decoded token reads the device's parameters and the caches in use; a call decodes until its last row ends",
     "rewards, logging, evaluation and checkpoints take no time",
 )
 FORMULA = (
@@ -105,7 +106,7 @@ def cache_bytes(model_config: models.ModelConfig, call: Call) -> int:
     for name, shape in (
         ("prompt_cache", (L, slots.lanes, K, call.width, A)),
         ("prompt_cache", (L, slots.computed, K, call.width, A)),  # of prompts that wait for lanes
-        ("cache", (L, slots.lanes, slots.together, K, call.tokens, A)),
+        ("cache", (L, slots.lanes, slots.together, K, math.prod(ring_of(call.tokens)), A)),
     ):
         shape = shape if c.layout is None else c.layout.sharding(name).shard_shape(shape)
         total += 2 * math.prod(shape) * jnp.dtype(c.dtype).itemsize
@@ -150,6 +151,13 @@ def _computed(call: Call, attention: str) -> tuple[int, Part]:
         return call.rows, Part(call.width, n, call.rest + call.tokens, attention, *call.blocks)
     n, first, own, *blocks = call.slots.shared
     return call.slots.computed // n, Part(first, n if own else 0, own, attention, *blocks)
+
+
+def _share_read(call: Call) -> float:
+    """How much of the ring for generated tokens a step reads on average."""
+    chunks, chunk = ring_of(call.tokens)
+    columns = sum(min(chunks, t // chunk + 1) for t in range(call.steps))
+    return columns / (chunks * max(1, call.steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +307,9 @@ class Estimator:
             step += (
                 4 * tokens * (call.width + call.tokens) * c.num_heads * c.head_dim * c.num_layers / self._axis("tensor")
             )
-            read = local_bytes(models.shapes(c), c.layout) + cache_bytes(c, call) + 10 * 4 * tokens * c.vocab_size
+            prompts = cache_bytes(c, dataclasses.replace(call, tokens=0))
+            own = (cache_bytes(c, call) - prompts) * _share_read(call)
+            read = local_bytes(models.shapes(c), c.layout) + prompts + own + 10 * 4 * tokens * c.vocab_size
             shared = self._axis("fsdp") * self._axis("tensor") > 1
             waiting = LATENCY * COLLECTIVES * c.num_layers if shared else 0.0
             each = max(step / (DENSE * device.flops), read / (BANDWIDTH * device.bandwidth)) + waiting

@@ -17,6 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gcpo_jax import models
 from gcpo_jax.draw import choose
 
+# A ring of generated tokens has at most so many chunks, of at least so many columns: a program is compiled for each.
+CHUNKS, CHUNK = 4, 256
+
+
+def ring_of(T: int) -> tuple[int, int]:
+    """Chunks of the ring for T tokens, and columns of each. While t columns are in use, only their chunks are read."""
+    chunks = max(1, min(CHUNKS, T // CHUNK))
+    return chunks, -(-T // chunks)
+
 
 class Lanes(NamedTuple):
     """What runs. Of a lane without an entry every row is done."""
@@ -32,7 +41,7 @@ class Lanes(NamedTuple):
     tokens: jax.Array  # [B, m, T] ring
     logprobs: jax.Array  # [B, m, T] ring
     prompt: models.Caches  # [L, B, K, P, A]
-    own: models.Caches  # [L, B, m, K, T, A] ring
+    own: tuple[models.Caches, ...]  # [L, B, m, K, w, A] chunks of a ring
 
 
 class Prompts(NamedTuple):
@@ -145,6 +154,7 @@ def run(
     E = Q * per_prompt
     W = B if B >= E else max(1, B // 8)  # lanes refilled at once
     F = computed // shards
+    chunks, chunk = ring_of(T)
     ring, ends = jnp.arange(T), jnp.asarray(eos_ids, jnp.int32)
 
     def waiting(queue):
@@ -233,7 +243,7 @@ def run(
         tokens = choose(logp, u, top_k=top_k, top_p=top_p, greedy=temperature == 0)
         return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
 
-    def step(state: tuple[jax.Array, Lanes]) -> tuple[jax.Array, Lanes]:
+    def step(full: bool, state: tuple[jax.Array, Lanes]) -> tuple[jax.Array, Lanes]:
         t, lanes = state
         column = t % T
 
@@ -247,8 +257,9 @@ def run(
         drawn, logp = draw(lanes.hidden, read(lanes.uniforms))
         count = lanes.count + jnp.where(lanes.done, 0, 1)
         age = jnp.minimum(t - lanes.start, T - 1)
+        cache_column = t % (chunks * chunk) if full else t
         hidden, own = models.decode_step(
-            c, layers, drawn, column, age, lanes.lengths, lanes.prompt, lanes.own, lanes.end
+            c, layers, drawn, cache_column, age, lanes.lengths, lanes.prompt, lanes.own, lanes.end, full
         )
         return t + 1, lanes._replace(
             hidden=hidden,
@@ -259,9 +270,10 @@ def run(
             own=own,
         )
 
-    def advance(state):
+    def advance(full: bool, state):
         t, results, lanes, queue = state
-        queue = jax.lax.cond(used_up(queue).any(), compute, lambda queue: queue, queue)
+        if F < Q:
+            queue = jax.lax.cond(used_up(queue).any(), compute, lambda queue: queue, queue)
         results, lanes, queue = _over_shards(shards, functools.partial(exchange, t), _CUT, _CUT)(results, lanes, queue)
         enough = jnp.clip(waiting(queue).sum(), 1, W * shards)
 
@@ -269,11 +281,19 @@ def run(
             free = state[1].done.all(axis=-1).reshape(shards, B).sum(axis=1)
             return jnp.minimum(free, waiting(queue)).sum() < enough
 
-        t, lanes = jax.lax.while_loop(lambda s: nothing_to_do(s) & ~s[1].done.all(), step, (t, lanes))
+        def goes_on(state):
+            return nothing_to_do(state) & ~state[1].done.all() & fits(full, *state)
+
+        t, lanes = jax.lax.while_loop(goes_on, functools.partial(step, full), (t, lanes))
         return t, results, lanes, queue
 
-    def unfinished(state):
-        return (waiting(state[3]) > 0).any() | ~state[2].done.all()
+    def fits(full: bool, t, lanes):
+        """Whether the next step's column is one of the chunks that there are."""
+        return full | (t < len(lanes.own) * chunk)
+
+    def unfinished(full: bool, state):
+        t, _, lanes, queue = state
+        return ((waiting(queue) > 0).any() | ~lanes.done.all()) & fits(full, t, lanes)
 
     def zeros(*shape, dtype=jnp.float32):
         return jnp.zeros(shape, dtype)
@@ -286,9 +306,11 @@ def run(
         return models.by_layer(stacked) if apart else stacked
 
     b, D, layers = shards * B, c.hidden_size, {**params, "layers": as_used(params["layers"])}
-    own = as_used(models.init_cache(c, b, m, T))
-    if apart and m == 1:
-        own = jax.tree.map(lambda x: x[:, 0], own)
+
+    def new_chunk():
+        own = as_used(models.init_cache(c, b, m, chunk))
+        return jax.tree.map(lambda x: x[:, 0], own) if apart and m == 1 else own
+
     state = (
         jnp.int32(0),
         Results(
@@ -306,7 +328,7 @@ def run(
             tokens=zeros(b, m, T, dtype=jnp.int32),
             logprobs=zeros(b, m, T),
             prompt=as_used(prompt_cache(b)),
-            own=own,
+            own=(new_chunk(),),
         ),
         Queue(
             prompts=prompts,
@@ -320,7 +342,14 @@ def run(
             cache=prompt_cache(shards * F),
         ),
     )
-    _, results, ended, _ = jax.lax.while_loop(unfinished, advance, state)
+    if F >= Q:
+        state = (*state[:3], compute(state[3]))
+    for number in range(1, chunks + 1):
+        full = number == chunks
+        loop = functools.partial(unfinished, full), functools.partial(advance, full)
+        t, results, ended, queue = jax.lax.while_loop(*loop, state)
+        if not full:
+            state = t, results, ended._replace(own=(*ended.own, new_chunk())), queue
 
     def collect(results, lanes):
         return hand_over(results, lanes, jnp.arange(B), lanes.entry)

@@ -3,8 +3,11 @@
 Axes: B prompts, n rows of each, P prompt positions, T generated positions, L layers, K key/value heads, G queries per
 key/value head, A head_dim. The prompt's keys and values are stored once for the rows that share it; those of the
 generated tokens per row, in a ring of T columns: one scalar says where a step writes, although rows began at different
-steps. Keys are rotated to their positions before they are stored, so the columns' order does not matter.
+steps. The ring lies in chunks of equal width, so that a step need not read columns that nothing was written to yet.
+Keys are rotated to their positions before they are stored, so the columns' order does not matter.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +76,7 @@ def prefill_shared(
 
 
 def init_cache(model_config: ModelConfig, B: int, n: int, T: int) -> Cache:
-    """An empty cache of generated tokens: keys [L, B, n, K, A, T], values [L, B, n, K, T, A].
+    """An empty cache of generated tokens, a chunk of T columns: keys [L, B, n, K, A, T], values [L, B, n, K, T, A].
 
     So both products of a step run along an axis that lies together in memory: 1.13 times the tokens a second on a CPU.
     """
@@ -92,18 +95,21 @@ def decode_step(
     age: Int[Array, " B"],
     lengths: Int[Array, " B"],
     prompt_cache: Caches,
-    own_cache: Caches,
+    own_cache: tuple[Caches, ...],
     starts: Int[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B n D"], Caches]:
+    full: bool = True,
+) -> tuple[Float[Array, "B n D"], tuple[Caches, ...]]:
     """Feed each row's latest token, which is its generated token number `age` (from 0).
 
     Args:
-      column: of the caches, where this step's keys and values go; the step before wrote the column before, modulo T.
+      column: of all chunks behind each other, where this step's keys and values go; the step before wrote the column
+        before, modulo their number.
       age: below T. Columns that are more than `age` steps old are not this prompt's and count for nothing.
       lengths: of the prompts.
       params, prompt_cache, own_cache: layers stacked; or all of them by_layer, and own_cache then without n where it is
         1: with that axis XLA on a CPU writes twice, for the product and for the next step, into copies.
       starts: position of the first generated token; None: the prompts' lengths.
+      full: whether the ring has all its chunks; else the column is one of the last chunk's, the others are only read.
 
     Returns:
       Hidden states after the final norm, and own_cache with the tokens' keys and values written in place.
@@ -111,54 +117,70 @@ def decode_step(
     c = model_config
     B, n = tokens.shape
     apart = isinstance(params["layers"], tuple)
-    P, T = (
-        (prompt_cache[0][0].shape[2], own_cache[0][1].shape[-2])
+    P, w = (
+        (prompt_cache[0][0].shape[2], own_cache[0][0][1].shape[-2])
         if apart
-        else (prompt_cache[0].shape[3], own_cache[1].shape[4])
+        else (prompt_cache[0].shape[3], own_cache[0][1].shape[4])
     )
+    count = len(own_cache)
     positions = jnp.broadcast_to(((lengths if starts is None else starts) + age)[:, None], (B, n))
     in_prompt = (jnp.arange(P)[None, :] < lengths[:, None])[:, None, None, None, :]
-    steps_old = (column - jnp.arange(T)) % T
-    in_own = (steps_old[None, :] <= age[:, None])[:, None, None, None, :]
+    steps_old = (column - jnp.arange(count * w)) % (count * w)
+    in_own = jnp.split((steps_old[None, :] <= age[:, None])[:, None, None, None, :], count, axis=-1)
+
+    def put(chunks, k, v, *first):
+        """The chunks with k and v at this step's column; `first`: indices of leading axes."""
+
+        def into(x, new, axis, number):
+            at = column - number * w
+            start = [*first, *[0] * (x.ndim - len(first))]
+            start[axis] = jnp.clip(at, 0, w - 1)
+            if full and count > 1:
+                held = jax.lax.dynamic_slice(x, start, new.shape)
+                new = jnp.where((at >= 0) & (at < w), new, held)
+            return jax.lax.dynamic_update_slice(x, new, start)
+
+        written = range(count) if full else [count - 1]
+        return tuple(
+            (into(keys, k, -1, i), into(values, v, -2, i)) if i in written else (keys, values)
+            for i, (keys, values) in enumerate(chunks)
+        )
 
     def layer(x, layer_params, prompt_k, prompt_v, store):
         """The layer after x. store(k, v) writes this step's to the own cache: all its keys and values, and itself."""
 
         def attend(q, k, v):
             q, k, v = constrain(c, q, "step_queries"), *constrain(c, (k, v), "step_keys")
-            (own_k, own_v), kept = store(k[..., None], v[..., None, :])
+            own, kept = store(k[..., None], v[..., None, :])
             scale = c.head_dim**-0.5
             on_prompt = jnp.einsum("bnkga,bkpa->bnkgp", q, prompt_k, preferred_element_type=jnp.float32)
-            own_q = q.reshape(*own_k.shape[:-3], *q.shape[2:])
-            on_own = jnp.einsum("...kga,...kat->...kgt", own_q, own_k, preferred_element_type=jnp.float32)
-            on_own = on_own.reshape(*q.shape[:-1], T)
-            on_prompt, on_own = jnp.where(in_prompt, on_prompt * scale, -1e30), jnp.where(in_own, on_own * scale, -1e30)
-            # One softmax over both parts, divided out at the end: putting them side by side would copy them.
-            top = jnp.maximum(on_prompt.max(-1, keepdims=True), on_own.max(-1, keepdims=True))
-            on_prompt, on_own = jnp.exp(on_prompt - top), jnp.exp(on_own - top)
-            total = on_prompt.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True)
+            scores = [jnp.where(in_prompt, on_prompt * scale, -1e30)]
+            own_q = q.reshape(*own[0][0].shape[:-3], *q.shape[2:])
+            for (own_k, _), seen in zip(own, in_own, strict=True):
+                on_own = jnp.einsum("...kga,...kat->...kgt", own_q, own_k, preferred_element_type=jnp.float32)
+                scores.append(jnp.where(seen, on_own.reshape(*q.shape[:-1], w) * scale, -1e30))
+            # One softmax over all parts, divided out at the end: putting them side by side would copy them.
+            top = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
+            on_prompt, *on_own = (jnp.exp(s - top) for s in scores)
+            total = on_prompt.sum(-1, keepdims=True) + sum(s.sum(-1, keepdims=True) for s in on_own)
             heads = jnp.einsum("bnkgp,bkpa->bnkga", on_prompt.astype(v.dtype), prompt_v)
-            on_own = on_own.astype(v.dtype).reshape(*own_q.shape[:-1], T)
-            heads = heads + jnp.einsum("...kgt,...kta->...kga", on_own, own_v).reshape(q.shape)
+            for weights, (_, own_v) in zip(on_own, own, strict=True):
+                weights = weights.astype(v.dtype).reshape(*own_q.shape[:-1], w)
+                heads = heads + jnp.einsum("...kgt,...kta->...kga", weights, own_v).reshape(q.shape)
             heads = (heads.astype(jnp.float32) / total).astype(v.dtype)
             return constrain(c, heads, "step_queries"), kept
 
         x, kept = block(c, layer_params)(x, positions, attend)
         return constrain(c, x, "step_hidden"), kept
 
-    def write(cache, number, k, v):
-        """At (layer, column) of caches in the carry: no copy of them is made."""
-        at = (number, *(0,) * 4)
-        keys = jax.lax.dynamic_update_slice(cache[0], k[None], (*at, column))
-        return keys, jax.lax.dynamic_update_slice(cache[1], v[None], (*at[:4], column, 0))
-
     def scanned(carry, inputs):
         x, cache = carry
         number, layer_params, prompt_k, prompt_v = inputs
 
         def store(k, v):
-            new = write(cache, number, k, v)
-            return [jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in new], new
+            # At (layer, column) of caches in the carry: no copy of them is made.
+            new = put(cache, k[None], v[None], number)
+            return [[jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in chunk] for chunk in new], new
 
         x, cache = layer(x, layer_params, prompt_k, prompt_v, store)
         return (x, constrain(c, cache, "cache")), None
@@ -166,17 +188,16 @@ def decode_step(
     x = constrain(c, params["embed"][tokens], "step_hidden")
     if apart:
         new_cache = []
-        for layer_params, prompt, own in zip(params["layers"], prompt_cache, own_cache, strict=True):
+        for layer_params, prompt, *own in zip(params["layers"], prompt_cache, *own_cache, strict=True):
 
             def store(k, v, own=own):
-                k, v = k.reshape(*own[0].shape[:-1], 1), v.reshape(*own[1].shape[:-2], 1, c.head_dim)
-                keys = jax.lax.dynamic_update_slice_in_dim(own[0], k, column, axis=-1)
-                new = keys, jax.lax.dynamic_update_slice_in_dim(own[1], v, column, axis=-2)
+                k, v = k.reshape(*own[0][0].shape[:-1], 1), v.reshape(*own[0][1].shape[:-2], 1, c.head_dim)
+                new = put(own, k, v)
                 return new, new
 
             x, new = layer(x, layer_params, *prompt, store)
             new_cache.append(new)
-        return final_norm(c, params, x), tuple(new_cache)
+        return final_norm(c, params, x), tuple(zip(*new_cache, strict=True))
     inputs = (jnp.arange(c.num_layers), params["layers"], *prompt_cache)
     (x, own_cache), _ = jax.lax.scan(scanned, (x, own_cache), inputs)
     return final_norm(c, params, x), own_cache

@@ -160,7 +160,7 @@ def _draw(model_config, params, ids, length, key, number, n, T, temperature, end
         hidden, own = models.decode_step(model_config, params, token[:, None], t, age, lengths, prompt, own)
         return t + 1, hidden[:, 0], own, tokens.at[:, t].set(token), done, count
 
-    own = models.init_cache(model_config, n, 1, T)
+    own = (models.init_cache(model_config, n, 1, T),)
     start = (jnp.int32(0), hidden, own, jnp.zeros((n, T), jnp.int32), jnp.zeros(n, bool), jnp.zeros(n, jnp.int32))
     _, _, _, tokens, _, count = jax.lax.while_loop(more, one, start)
     return tokens, count

@@ -134,5 +134,5 @@ def test_contexts_in_blocks_are_refused_where_something_reads_them_as_causal():
         config_lib.validate(config)
     evaluation = settings.EvalConfig()
     evaluation.contexts.attention, evaluation.input.form = "block", "projected"
-    with pytest.raises(config_lib.ConfigError, match="contexts.attention='block': must be causal with input.form"):
+    with pytest.raises(config_lib.ConfigError, match=r"contexts.attention='block': must be causal with"):
         settings.validate(evaluation, needs_model=False)

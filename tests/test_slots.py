@@ -1,13 +1,14 @@
 """Completions through slots equal those of a call in which every row has a place, whoever waits for whom."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gcpo_jax import batching, models, partition, sampler
+from gcpo_jax import batching, estimate, models, partition, sampler, slots, workload
 from gcpo_jax.config import Mesh
 
 V, T, ENDS = 24, 12, (0, 1, 2)
@@ -39,6 +40,32 @@ def test_few_slots_give_the_completions_of_many(params, max_rows):
     for got, expected in zip(some.logprobs, whole.logprobs, strict=True):
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "max_rows", "mesh"), [(3, 512, False), (5, 8, False), (4, 24, True)])
+def test_a_ring_in_chunks_gives_the_completions_of_one_that_is_whole(params, chunk, max_rows, mesh, monkeypatch):
+    whole = sample(params)
+    monkeypatch.setattr(slots, "CHUNK", chunk)
+    assert slots.ring_of(T)[0] > 1 and math.prod(slots.ring_of(T)) >= T
+    config = CONFIG
+    if mesh:
+        layout = partition.make_layout(partition.make_mesh(Mesh(data=2, fsdp=2, tensor=2)), CONFIG)
+        config = dataclasses.replace(CONFIG, layout=layout)
+        params = jax.device_put(params, layout.shardings(params))
+    slots.run.clear_cache()  # programs are cached by arguments, of which the chunks' width is none
+    some = sample(params, config, max_rows=max_rows)
+    slots.run.clear_cache()
+    assert some.tokens == whole.tokens
+    for got, expected in zip(some.logprobs, whole.logprobs, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_step_reads_only_chunks_in_use():
+    assert slots.ring_of(128) == (1, 128) and slots.ring_of(16384) == (4, 4096) and slots.ring_of(1001) == (3, 334)
+    call = workload.Call("sample", "sampler", rows=2, width=16, n=4, tokens=1024, steps=1024)
+    assert estimate._share_read(call) == (1 + 2 + 3 + 4) / 16
+    assert estimate._share_read(dataclasses.replace(call, steps=256)) == 1 / 4
 
 
 def test_rows_that_share_a_prompt_in_few_slots_give_the_same(params):

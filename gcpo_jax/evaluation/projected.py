@@ -115,7 +115,7 @@ def _decode(
     start = (
         jnp.int32(0),
         last[:, None],
-        models.init_cache(model_config, B * R, 1, T),
+        (models.init_cache(model_config, B * R, 1, T),),
         jnp.full((B, T), model_config.pad_id, jnp.int32),
         jnp.zeros((B,), jnp.int32),
         ~real,
