@@ -4,8 +4,8 @@
     python scripts/estimators.py --recipe smollm2 --model DIR --data words.jsonl --queries 4 --group 4 --tokens 48 \\
         --repeats 4 --no-gradient --out docs/results/estimators_smollm2
 
-Candidates are sampled once: of a few steps' those whose rewards differ in the most groups. Every estimator then makes its
-integrated outputs, contexts and roll-outs anew --repeats times; the oracle is the mean over the repeats of the paper's
+Candidates are sampled once: of a few steps' those whose rewards differ in the most groups. Every estimator then makes
+its integrated outputs, contexts and roll-outs anew --repeats times; the oracle is the mean over repeats of the paper's
 estimator, with L = R = n and whole roll-outs. Both mean and oracle are noisy themselves: what that adds to a squared
 bias is taken off it. Writes OUT.json and OUT.md.
 """
