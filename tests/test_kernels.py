@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from gcpo_jax import config as config_lib
 from gcpo_jax import hardware, models, partition
@@ -205,3 +206,22 @@ def test_the_tpu_compiler_takes_splash_attention_and_holds_no_square(sizes, monk
     assert hlo.count('custom_call_target="tpu_custom_call"') == 8
     sizes_of = [[int(n) for n in found.split(",")] for found in re.findall(r"\w\[([\d,]+)\]", hlo)]
     assert not [s for s in sizes_of if sum(n >= 640 for n in s) > 1]
+
+
+def test_for_a_gpu_the_update_is_cudnns_forward_and_backward_and_holds_no_square(monkeypatch):
+    """Lowered only: no GPU is asked which cuDNN it has."""
+    monkeypatch.setattr(kernels, "CUDNN", "cudnn")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    c = dataclasses.replace(model("cudnn", A=64), dtype="bfloat16")
+
+    def loss(params, prompts, lengths, completions):
+        return jnp.sum(models.encode_shared(c, params, prompts, lengths, completions, "full").astype(jnp.float32))
+
+    tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 640), (2,), (2, 2, 3456)))
+    text = jax.jit(jax.grad(loss)).trace(models.shapes(c), *tokens).lower(lowering_platforms=("cuda",)).as_text()
+    # Of prompts and of completions; forward, and again in the backward pass.
+    assert len(re.findall(r"@__cudnn\$fmhaSoftmax\(", text)) == 4
+    assert len(re.findall(r"@__cudnn\$fmhaSoftmaxBackward\(", text)) == 2
+    sizes_of = [[int(n) for n in found.split("x")[:-1]] for found in re.findall(r"tensor<([\dx]+x)\w+>", text)]
+    assert sizes_of and not [s for s in sizes_of if sum(n >= 640 for n in s) > 1]
