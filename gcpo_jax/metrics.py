@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, completions.jsonl, a progress line; timers; the device's peak rate."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -7,6 +8,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +18,13 @@ import jax.numpy as jnp
 
 from gcpo_jax import hardware, processes
 
-_compiled: list[float] = []  # seconds of each program that this process compiled or read from its cache
+# Of each thread, the programs that it compiled or read from the cache: those that wait for a step are its own thread's.
+_compiled: collections.Counter[int] = collections.Counter()
 
 
 def _note_compilation(event: str, duration_secs: float, **kwargs: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(duration_secs)
+        _compiled[threading.get_ident()] += 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
@@ -31,7 +34,7 @@ class Timers:
     """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
 
     def __init__(self):
-        self._began, self._compiled = time.perf_counter(), len(_compiled)
+        self._began, self._compiled = time.perf_counter(), _compiled[threading.get_ident()]
         self._seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -48,10 +51,10 @@ class Timers:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """{"time/PHASE_s": seconds}, with "time/step_s" and the number "time/compilations" since construction."""
+        """{"time/PHASE_s": seconds}, with "time/step_s" and "time/compilations" (this thread's) since construction."""
         seconds = self._seconds | {"step": time.perf_counter() - self._began}
         named = {f"time/{phase}_s": value for phase, value in seconds.items()}
-        return named | {"time/compilations": len(_compiled) - self._compiled}
+        return named | {"time/compilations": _compiled[threading.get_ident()] - self._compiled}
 
 
 COMPILING_STEPS = 10  # in a row, after which a run is told that it compiles all the time

@@ -120,18 +120,22 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     with contextlib.closing(run), checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
+        timers = metrics.Timers()
         for step in range(start, config.train.total_steps):
-            timers = metrics.Timers()
             # Algorithm 1, line 2: a batch of queries; lines 3 to 11: everything sampled from the old policy.
-            indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
+            with timers("data"):
+                indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
+                queries = [problems[k] for k in indices]
             old_policy = actor()
-            exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
+            exp = rollout.collect(old_policy, reward, queries, step, timers)
             # Sampling takes most of a step: a signal gives this one up, it comes out the same after the restart.
             if stopped(step):
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
             del old_policy  # its copy of the parameters need not lie beside the update
+            with timers("save"):
+                checkpoints.copied()  # sampling leaves the state alone, the update reuses its buffers
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 placed = learner.place(batch, layout)
@@ -143,7 +147,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             # The clip acts only from the second update on a batch: report the last one's share.
             first["clip_fraction"] = last["clip_fraction"]
             row = {"step": step + 1, "learning_rate": float(schedule(step * mu))}
-            row = summary.summarise(config, exp, batch, first, details_first, timers.read(), answer, size) | row
+            times = timers.read()
             if step in config.train.audit_steps and processes.is_first():
                 path = workdir / "audit" / f"step_{step:06d}.npz"
                 audit.write(path, config, exp, batch, details_first, float(first["loss"]))
@@ -152,9 +156,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                 with timers("eval"):
                     row |= evaluation()
                 row |= {"time/eval_s": timers.read()["time/eval_s"]}
-            log.write(row, summary.readable(exp, step + 1, config.train.log_groups, decode))
-            if final or (step + 1) % config.checkpoint.every == 0:
-                save(step + 1)
+            # A row cannot say how long it took to write: that, and the save behind it, count as the next step's.
+            timers = metrics.Timers()
+            with timers("log"):
+                row = summary.summarise(config, exp, batch, first, details_first, times, answer, size) | row
+                log.write(row, summary.readable(exp, step + 1, config.train.log_groups, decode))
+            with timers("save"):
+                if final or (step + 1) % config.checkpoint.every == 0:
+                    save(step + 1)
             if not final and stopped(step + 1):
                 return False
         checkpoints.close()
