@@ -15,6 +15,7 @@ import os
 import pathlib
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class Checkpoints:
         # As process 0 sees it: on a shared disk the others may see a rename a little later.
         return processes.by_first(lambda: max(self._steps(), default=None), CheckpointError)
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
         """Start saving, unless the step is there already. `state` may be donated once `copied` has returned.
 
         Nothing is copied here: the caller goes on, and the arrays are read in a thread of their own.
@@ -79,6 +80,7 @@ class Checkpoints:
         Args:
           state: a pytree of arrays.
           metadata: anything that JSON can hold.
+          before: called in that thread; there is no checkpoint before it returns, and none at all where it raises.
 
         Raises:
           CheckpointError: where the save before failed (full disk, ...).
@@ -87,7 +89,7 @@ class Checkpoints:
         if step in processes.by_first(self._steps, CheckpointError):
             return
         self._pending = step
-        self._copying = self._thread.submit(self._copy, step, _flatten(state), metadata)
+        self._copying = self._thread.submit(self._copy, step, _flatten(state), metadata, before)
         if processes.count() > 1:  # they exchange digests, and exchanges of two threads may cross
             self.copied()
 
@@ -150,7 +152,8 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory / str(step)} cannot be read: {_brief(error)}") from error
         return value
 
-    def _copy(self, step: int, arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def _copy(self, step: int, arrays: dict[str, Any], metadata: dict[str, Any], before: Callable[[], None]) -> None:
+        before()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             metadata=ocp.args.JsonSave({"metadata": metadata, "arrays": _describe(arrays)}),

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, completions.jsonl, a progress line; timers; the device's peak rate."""
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -67,7 +68,8 @@ class Log:
       resume_at: rows of later steps, and a torn last line, are dropped, so no step stands twice.
       total: steps of the whole run, for the time left.
 
-    Of several processes only the first writes and says anything.
+    A written row outlives this process; it outlives the machine once `durable` has returned, which a checkpoint waits
+    for. Of several processes only the first writes and says anything.
 
     Raises:
       OSError: where the files cannot be written.
@@ -77,6 +79,8 @@ class Log:
         self._metrics, self._completions = workdir / "metrics.jsonl", workdir / "completions.jsonl"
         self._total, self._quiet, self._seconds, self._compiling = total, quiet, [], 0
         self._writes = processes.is_first()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._syncing: concurrent.futures.Future[None] | None = None
         for path in (self._metrics, self._completions) if self._writes else ():
             keep_until(path, resume_at)
 
@@ -84,9 +88,11 @@ class Log:
         """One step: its metrics (numbers that are not finite become null) and its readable groups."""
         if not self._writes:
             return
+        self.durable()
         for completion in completions:
             append(self._completions, completion)
         append(self._metrics, row)
+        self._syncing = self._thread.submit(self._sync)
         if "reward/mean" in row:
             self._seconds = [*self._seconds, row["time/step_s"]][-20:]
         self._progress(row)
@@ -96,6 +102,17 @@ class Log:
                 f"warning: each of the last {COMPILING_STEPS} steps compiled programs for lengths not seen before; "
                 "a smaller contexts.cap or rollout.max_prompt_tokens makes fewer"
             )
+
+    def durable(self) -> None:
+        """Wait until all that was written is on the disk; from whatever thread."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _sync(self) -> None:
+        for path in (self._completions, self._metrics):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -123,12 +140,10 @@ class Log:
 
 
 def append(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """One line of JSON, on disk when this returns."""
+    """One line of JSON, no part of which is this process's any more when this returns."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:

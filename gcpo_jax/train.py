@@ -106,7 +106,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
 
     def save(step: int) -> None:
         if checkpoints.latest() != step:
-            checkpoints.save(step, state, {"step": step})
+            # No checkpoint without its rows: a restart would not write them again.
+            checkpoints.save(step, state, {"step": step}, before=log.durable)
 
     def stopped(step: int) -> bool:
         signalled = any(processes.exchange(preemption.requested))

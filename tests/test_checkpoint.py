@@ -160,6 +160,18 @@ def test_a_save_does_not_wait_for_its_arrays_to_be_read_and_copied_does(tmp_path
     assert checkpoints.latest() == 1
 
 
+def test_there_is_no_checkpoint_where_what_must_come_before_it_fails(tmp_path):
+    def before():
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(), {}, before)
+    with pytest.raises(CheckpointError, match=r"step 1 could not be saved in .*: No space left on device"):
+        checkpoints.copied()
+    checkpoints.close()
+    assert checkpoints.latest() is None
+
+
 def test_arrays_that_are_donated_before_they_are_copied_make_an_error_and_no_checkpoint(tmp_path, monkeypatch):
     allowed = threading.Event()
     describe = checkpoint._describe
