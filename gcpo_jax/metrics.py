@@ -28,6 +28,11 @@ def _note_compilation(event: str, duration_secs: float, **kwargs: Any) -> None:
         _compiled[threading.get_ident()] += 1
 
 
+def count_compiled(programs: int) -> None:
+    """Count programs that another thread compiled for this one."""
+    _compiled[threading.get_ident()] += programs
+
+
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 

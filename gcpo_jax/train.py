@@ -26,6 +26,7 @@ from gcpo_jax import (
     rundir,
     summary,
     tasks,
+    warmup,
 )
 from gcpo_jax import config as config_lib
 from gcpo_jax import contexts as contexts_lib
@@ -121,13 +122,15 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     with contextlib.closing(run), checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
-        timers = metrics.Timers()
+        timers, ahead = metrics.Timers(), warmup.Ahead(log.say)
         for step in range(start, config.train.total_steps):
             # Algorithm 1, line 2: a batch of queries; lines 3 to 11: everything sampled from the old policy.
             with timers("data"):
                 indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
                 queries = [problems[k] for k in indices]
             old_policy = actor()
+            if step == start:
+                old_policy = warmup.watch(old_policy, queries, step, update, state, ahead)
             exp = rollout.collect(old_policy, reward, queries, step, timers)
             # Sampling takes most of a step: a signal gives this one up, it comes out the same after the restart.
             if stopped(step):
@@ -140,6 +143,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 placed = learner.place(batch, layout)
+                ahead.wait()
                 for inner in range(mu):
                     state, values, details = update(state, placed)
                     if inner == 0:
