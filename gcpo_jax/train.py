@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
     file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
     try:
-        with processes.joined(**commandline.processes(), expected=EXPECTED):
+        with warmup.command(), processes.joined(**commandline.processes(), expected=EXPECTED):
             train(flags.FLAGS.config, pathlib.Path(workdir))
     except EXPECTED as error:
         sys.exit(f"error: {error}")

@@ -6,10 +6,14 @@ own: a compiler keeps one core busy, and lets go of Python's lock. JAX hands the
 process without a mesh: programs of several devices would have to begin in the same order everywhere.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import itertools
+import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +22,31 @@ import numpy as np
 from gcpo_jax import learner, metrics, processes, rollout
 from gcpo_jax.contexts import Ids
 from gcpo_jax.sampler import Samples
+
+
+_threads: list[threading.Thread] = []
+_status: int | None = None  # that the command is ending with
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """Around all that a command does: its end does not wait for a compiler."""
+    global _status
+    _status = 1
+    yield
+    _status = 0
+
+
+# From here, so that it comes after what others clean up at the end and before JAX does.
+@atexit.register
+def _end() -> None:
+    if any(thread.is_alive() for thread in _threads):
+        if _status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_status)
+        for thread in _threads:  # a compiler that comes back to a Python that is gone aborts the process
+            thread.join()
 
 
 class Ahead:
@@ -33,8 +62,9 @@ class Ahead:
     def start(self, lower: Callable[[], jax.stages.Lowered]) -> None:
         """Begin with what `lower` returns in that thread; a second call does nothing."""
         if self._thread is None:
-            # A daemon: no end of the run waits for a compiler.
+            # A daemon, or Python would wait for it before it calls _end.
             self._thread = threading.Thread(target=self._work, args=(lower,), daemon=True)
+            _threads.append(self._thread)
             self._thread.start()
 
     def wait(self) -> None:
