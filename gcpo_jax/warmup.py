@@ -23,7 +23,6 @@ from gcpo_jax import learner, metrics, processes, rollout
 from gcpo_jax.contexts import Ids
 from gcpo_jax.sampler import Samples
 
-
 _threads: list[threading.Thread] = []
 _status: int | None = None  # that the command is ending with
 
