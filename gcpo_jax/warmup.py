@@ -115,8 +115,9 @@ class _Replay(rollout.Actor):
 
     def sample(self, prompts: Sequence[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
         samples = self.sampled.pop(0)
-        for b, group in enumerate(samples.tokens if done else []):
-            done(b, group)
+        if done is not None:
+            for b, group in enumerate(samples.tokens):
+                done(b, group)
         return samples
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:

@@ -128,7 +128,7 @@ def long(x):
 with warmup.command() if sys.argv[1] == "command" else contextlib.nullcontext():
     ahead = warmup.Ahead(print)
     ahead.start(lambda: jax.jit(jax.grad(long)).lower(jnp.ones((64, 64))))
-    time.sleep(0.3)
+    time.sleep(0.1)
     print(ahead._thread.is_alive(), flush=True)
     sys.exit("error: over")
 """
@@ -139,4 +139,5 @@ def test_the_process_may_end_while_a_compiler_works(kind, operations):
     # 2000 would compile for minutes.
     command = [sys.executable, "-c", ENDS, kind, str(operations)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "True\n", "error: over\n")
+    # What JAX clears at the end may fail the compilation, whose line then comes behind.
+    assert (ended.returncode, ended.stdout[:5], ended.stderr) == (1, "True\n", "error: over\n")
