@@ -15,6 +15,7 @@ import os
 import pathlib
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,8 @@ class Checkpoints:
             flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
         self._directory = directory.resolve()
         self._pending: int | None = None
+        self._copying: concurrent.futures.Future[None] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._closed = False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -69,29 +72,39 @@ class Checkpoints:
         # As process 0 sees it: on a shared disk the others may see a rename a little later.
         return processes.by_first(lambda: max(self._steps(), default=None), CheckpointError)
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Start saving, unless the step is there already. Afterwards `state` may be donated; the files come later.
+    def save(self, step: int, state: Any, metadata: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
+        """Start saving, unless the step is there already. `state` may be donated once `copied` has returned.
+
+        Nothing is copied here: the caller goes on, and the arrays are read in a thread of their own.
 
         Args:
           state: a pytree of arrays.
           metadata: anything that JSON can hold.
+          before: called in that thread; there is no checkpoint before it returns, and none at all where it raises.
 
         Raises:
-          CheckpointError: where this save cannot start, or the one before failed (full disk, ...).
+          CheckpointError: where the save before failed (full disk, ...).
         """
         self._wait()
         if step in processes.by_first(self._steps, CheckpointError):
             return
-        arrays = _flatten(state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            metadata=ocp.args.JsonSave({"metadata": metadata, "arrays": _describe(arrays)}),
-        )
         self._pending = step
-        try:
-            self._manager.save(step, args=items)
-        except Exception as error:
-            raise self._failed(error) from error
+        self._copying = self._thread.submit(self._copy, step, _flatten(state), metadata, before)
+        if processes.count() > 1:  # they exchange digests, and exchanges of two threads may cross
+            self.copied()
+
+    def copied(self) -> None:
+        """Wait until the arrays of the last save are not read any more; the files come later.
+
+        Raises:
+          CheckpointError: where that save could not start.
+        """
+        if self._copying is not None:
+            copying, self._copying = self._copying, None
+            try:
+                copying.result()
+            except Exception as error:
+                raise self._failed(error) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state and metadata of a step, checked bit by bit. Never another step in its place.
@@ -126,7 +139,8 @@ class Checkpoints:
         if not self._closed:
             self._closed = True
             self._wait()
-            self._manager.close()
+            self._thread.submit(self._manager.close).result()
+            self._thread.shutdown()
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal() and path.is_dir()]
@@ -138,9 +152,19 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory / str(step)} cannot be read: {_brief(error)}") from error
         return value
 
+    def _copy(self, step: int, arrays: dict[str, Any], metadata: dict[str, Any], before: Callable[[], None]) -> None:
+        before()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            metadata=ocp.args.JsonSave({"metadata": metadata, "arrays": _describe(arrays)}),
+        )
+        self._manager.save(step, args=items)
+
     def _wait(self) -> None:
+        self.copied()
         try:
-            self._manager.wait_until_finished()
+            # Orbax raises an error once in each thread that asks.
+            self._thread.submit(self._manager.wait_until_finished).result()
         except Exception as error:
             raise self._failed(error) from error
         self._pending = None

@@ -1,5 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, completions.jsonl, a progress line; timers; the device's peak rate."""
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -7,6 +9,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +19,18 @@ import jax.numpy as jnp
 
 from gcpo_jax import hardware, processes
 
-_compiled: list[float] = []  # seconds of each program that this process compiled or read from its cache
+# Of each thread, the programs that it compiled or read from the cache: those that wait for a step are its own thread's.
+_compiled: collections.Counter[int] = collections.Counter()
 
 
 def _note_compilation(event: str, duration_secs: float, **kwargs: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(duration_secs)
+        _compiled[threading.get_ident()] += 1
+
+
+def count_compiled(programs: int) -> None:
+    """Count programs that another thread compiled for this one."""
+    _compiled[threading.get_ident()] += programs
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
@@ -31,7 +40,7 @@ class Timers:
     """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
 
     def __init__(self):
-        self._began, self._compiled = time.perf_counter(), len(_compiled)
+        self._began, self._compiled = time.perf_counter(), _compiled[threading.get_ident()]
         self._seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -48,10 +57,10 @@ class Timers:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """{"time/PHASE_s": seconds}, with "time/step_s" and the number "time/compilations" since construction."""
+        """{"time/PHASE_s": seconds}, with "time/step_s" and "time/compilations" (this thread's) since construction."""
         seconds = self._seconds | {"step": time.perf_counter() - self._began}
         named = {f"time/{phase}_s": value for phase, value in seconds.items()}
-        return named | {"time/compilations": len(_compiled) - self._compiled}
+        return named | {"time/compilations": _compiled[threading.get_ident()] - self._compiled}
 
 
 COMPILING_STEPS = 10  # in a row, after which a run is told that it compiles all the time
@@ -64,7 +73,8 @@ class Log:
       resume_at: rows of later steps, and a torn last line, are dropped, so no step stands twice.
       total: steps of the whole run, for the time left.
 
-    Of several processes only the first writes and says anything.
+    A written row outlives this process; it outlives the machine once `durable` has returned, which a checkpoint waits
+    for. Of several processes only the first writes and says anything.
 
     Raises:
       OSError: where the files cannot be written.
@@ -74,6 +84,8 @@ class Log:
         self._metrics, self._completions = workdir / "metrics.jsonl", workdir / "completions.jsonl"
         self._total, self._quiet, self._seconds, self._compiling = total, quiet, [], 0
         self._writes = processes.is_first()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._syncing: concurrent.futures.Future[None] | None = None
         for path in (self._metrics, self._completions) if self._writes else ():
             keep_until(path, resume_at)
 
@@ -81,9 +93,11 @@ class Log:
         """One step: its metrics (numbers that are not finite become null) and its readable groups."""
         if not self._writes:
             return
+        self.durable()
         for completion in completions:
             append(self._completions, completion)
         append(self._metrics, row)
+        self._syncing = self._thread.submit(self._sync)
         if "reward/mean" in row:
             self._seconds = [*self._seconds, row["time/step_s"]][-20:]
         self._progress(row)
@@ -93,6 +107,17 @@ class Log:
                 f"warning: each of the last {COMPILING_STEPS} steps compiled programs for lengths not seen before; "
                 "a smaller contexts.cap or rollout.max_prompt_tokens makes fewer"
             )
+
+    def durable(self) -> None:
+        """Wait until all that was written is on the disk; from whatever thread."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _sync(self) -> None:
+        for path in (self._completions, self._metrics):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -120,12 +145,10 @@ class Log:
 
 
 def append(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """One line of JSON, on disk when this returns."""
+    """One line of JSON, no part of which is this process's any more when this returns."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:

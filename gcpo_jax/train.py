@@ -26,6 +26,7 @@ from gcpo_jax import (
     rundir,
     summary,
     tasks,
+    warmup,
 )
 from gcpo_jax import config as config_lib
 from gcpo_jax import contexts as contexts_lib
@@ -106,7 +107,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
 
     def save(step: int) -> None:
         if checkpoints.latest() != step:
-            checkpoints.save(step, state, {"step": step})
+            # No checkpoint without its rows: a restart would not write them again.
+            checkpoints.save(step, state, {"step": step}, before=log.durable)
 
     def stopped(step: int) -> bool:
         signalled = any(processes.exchange(preemption.requested))
@@ -120,21 +122,28 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
     with contextlib.closing(run), checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
+        timers, ahead = metrics.Timers(), warmup.Ahead(log.say)
         for step in range(start, config.train.total_steps):
-            timers = metrics.Timers()
             # Algorithm 1, line 2: a batch of queries; lines 3 to 11: everything sampled from the old policy.
-            indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
+            with timers("data"):
+                indices = tasks.batch_indices(len(problems), config.rollout.queries, step, config.train.seed)
+                queries = [problems[k] for k in indices]
             old_policy = actor()
-            exp = rollout.collect(old_policy, reward, [problems[k] for k in indices], step, timers)
+            if step == start:
+                old_policy = warmup.watch(old_policy, queries, step, update, state, ahead)
+            exp = rollout.collect(old_policy, reward, queries, step, timers)
             # Sampling takes most of a step: a signal gives this one up, it comes out the same after the restart.
             if stopped(step):
                 return False
             with timers("score"):
                 batch = learner.make_batch(old_policy, ref_params, exp)
             del old_policy  # its copy of the parameters need not lie beside the update
+            with timers("save"):
+                checkpoints.copied()  # sampling leaves the state alone, the update reuses its buffers
             # Line 16: the update, μ times on the same batch.
             with timers("update"):
                 placed = learner.place(batch, layout)
+                ahead.wait()
                 for inner in range(mu):
                     state, values, details = update(state, placed)
                     if inner == 0:
@@ -143,7 +152,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
             # The clip acts only from the second update on a batch: report the last one's share.
             first["clip_fraction"] = last["clip_fraction"]
             row = {"step": step + 1, "learning_rate": float(schedule(step * mu))}
-            row = summary.summarise(config, exp, batch, first, details_first, timers.read(), answer, size) | row
+            times = timers.read()
             if step in config.train.audit_steps and processes.is_first():
                 path = workdir / "audit" / f"step_{step:06d}.npz"
                 audit.write(path, config, exp, batch, details_first, float(first["loss"]))
@@ -152,9 +161,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                 with timers("eval"):
                     row |= evaluation()
                 row |= {"time/eval_s": timers.read()["time/eval_s"]}
-            log.write(row, summary.readable(exp, step + 1, config.train.log_groups, decode))
-            if final or (step + 1) % config.checkpoint.every == 0:
-                save(step + 1)
+            # A row cannot say how long it took to write: that, and the save behind it, count as the next step's.
+            timers = metrics.Timers()
+            with timers("log"):
+                row = summary.summarise(config, exp, batch, first, details_first, times, answer, size) | row
+                log.write(row, summary.readable(exp, step + 1, config.train.log_groups, decode))
+            with timers("save"):
+                if final or (step + 1) % config.checkpoint.every == 0:
+                    save(step + 1)
             if not final and stopped(step + 1):
                 return False
         checkpoints.close()
@@ -250,7 +264,7 @@ def main(argv: list[str]) -> None:
     file, _, variant = str(config_flags.get_config_filename(flag)).partition(":")
     workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(file).stem}-{variant or 'gcpo'}"
     try:
-        with processes.joined(**commandline.processes(), expected=EXPECTED):
+        with warmup.command(), processes.joined(**commandline.processes(), expected=EXPECTED):
             train(flags.FLAGS.config, pathlib.Path(workdir))
     except EXPECTED as error:
         sys.exit(f"error: {error}")

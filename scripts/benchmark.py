@@ -8,6 +8,7 @@
     python scripts/benchmark.py paper                                    steps of gcpo_paper against a loop
     python scripts/benchmark.py contexts                                 steps with contexts in blocks, and causal ones
     python scripts/benchmark.py startup                                  the command until its first update
+    python scripts/benchmark.py overlap --smollm2=DIR --data TRAIN HELD  what a step waits for that is no device's work
     python scripts/benchmark.py roofline                                 against the device's bandwidth and matrix peak
 
 PYTHON is the interpreter of an environment that has google-tunix 0.1.7, or trl 1.16 and torch (docs/benchmarks.md).
@@ -34,6 +35,9 @@ from tokenizers import models as token_models
 
 # The package of this checkout, whatever is installed, as for its contenders.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import waiting
+
+from gcpo_jax import config as config_lib
 from gcpo_jax import models, provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -143,9 +147,7 @@ def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Cont
     recipe = {"work": "recipe", "rounds": args.rounds, "changes": {}}
     works["configs/tiny.py"] = (recipe | {"recipe": "tiny"}, {})
     if args.smollm2:
-        train, held_out = args.data
-        changes = {"model.path": args.smollm2, "data.path": train, "data.eval_path": held_out}
-        works["configs/smollm2.py"] = (recipe | {"recipe": "smollm2", "changes": changes}, {})
+        works["configs/smollm2.py"] = (recipe | {"recipe": "smollm2", "changes": smollm2(args)}, {})
     for case, (spec, only_gcpo) in works.items():
         if case.split("'")[0].removeprefix("configs/").removesuffix(".py") in args.cases:
             cases[case] = [
@@ -251,6 +253,25 @@ def notes(rows: list[dict[str, Any]]) -> str:
     return "; ".join(said)
 
 
+def overlap(args: argparse.Namespace) -> dict[str, Any]:
+    """Training runs that save often: what their steps wait for beside the devices' work."""
+    results = {}
+    for variant in args.variants:
+        works: dict[str, dict[str, Any]] = {"tiny": {}}
+        if args.smollm2:
+            works["smollm2"] = smollm2(args)
+        for recipe, changes in works.items():
+            measured = waiting.measure(recipe, variant, changes, args.steps, args.every)
+            results[f"configs/{recipe}.py:{variant}"] = measured
+    return results
+
+
+def smollm2(args: argparse.Namespace) -> dict[str, Any]:
+    """What the recipe of that name leaves open."""
+    train, held_out = args.data
+    return {"model.path": args.smollm2, "data.path": train, "data.eval_path": held_out}
+
+
 WORKS = {
     "sampling": (sampling, "tokens/s"),
     "step": (step, "seconds"),
@@ -267,9 +288,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = p.add_subparsers(dest="name", required=True)
-    for name, function in {**{k: f for k, (f, _) in WORKS.items()}, "startup": startup.measure}.items():
+    others = {"startup": startup.measure, "overlap": overlap}
+    for name, function in {**{k: f for k, (f, _) in WORKS.items()}, **others}.items():
         sub = subs.add_parser(name, help=function.__doc__)
-        sub.add_argument("--rounds", type=int, default=3 if name == "startup" else 5)
+        if name != "overlap":
+            sub.add_argument("--rounds", type=int, default=3 if name == "startup" else 5)
         sub.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "results" / f"benchmark_{name}.json")
         if name in ("sampling", "step", "ragged"):
             for peer in PEERS:
@@ -284,6 +307,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument("--parts", nargs="+", default=parts, choices=parts)
         if name == "gcpo":
             sub.add_argument("--cases", nargs="+", default=["paper", "tiny", "smollm2"])
+        if name == "overlap":
+            sub.add_argument("--variants", nargs="+", choices=list(config_lib.PRESETS), default=["grpo", "gcpo"])
+            sub.add_argument("--steps", type=int, default=40)
+            sub.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+        if name in ("gcpo", "overlap"):
             sub.add_argument("--smollm2", metavar="DIR", help="a model directory; without it that case is left out")
             sub.add_argument("--data", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="of scripts/word_problems.py")
         if name == "paper":
@@ -297,9 +325,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "roofline":
             sub.add_argument("--rows", type=int, default=64, help="decoded at once")
     args = p.parse_args(argv)
-    if args.rounds < 1:
+    if args.name != "overlap" and args.rounds < 1:
         p.error(f"--rounds={args.rounds}: must be at least 1")
-    if args.name == "gcpo" and args.smollm2 and not args.data:
+    if args.name in ("gcpo", "overlap") and args.smollm2 and not args.data:
         p.error("--smollm2 needs --data TRAIN HELD_OUT")
     return args
 
@@ -314,6 +342,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         results: dict[str, Any] = {f"configs/tiny.py:{args.variant}": kinds}
         specs: dict[str, Any] = {}
+    elif args.name == "overlap":
+        results, specs, unit = overlap(args), {}, "per cent of a step"
+        print(waiting.table(results))
     else:
         cases, unit = WORKS[args.name]
         with tempfile.TemporaryDirectory() as scratch:
@@ -322,7 +353,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 results[work] = compared(rounds_lib.alternate(contenders, args.rounds), unit)
                 specs[work] = {c.name: spec_of(c) for c in contenders}
                 print(table({work: results[work]}, unit), flush=True)
-    print(table(results, unit))
+    if args.name != "overlap":
+        print(table(results, unit))
     made = provenance.made(f"python scripts/benchmark.py {args.name}" + options(args))
     return {**made, "device": jax.devices()[0].device_kind, "unit": unit, "works": specs, "results": results}
 

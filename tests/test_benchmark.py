@@ -98,3 +98,26 @@ def test_both_parts_of_the_roofline_run(scripts):
     rows = rounds.alternate(both, 1).rows
     assert rows["update"][0]["tokens"] == 2 * 12 and 0 < rows["update"][0]["of_peak"] < 1
     assert rows["decode"][0]["tokens"] == 2 * 8 and rows["decode"][0]["peak_from"] == "measured"
+
+
+def test_shares_of_waits_are_of_steps_that_compiled_nothing(scripts):
+    import waiting
+
+    def row(step, compilations=0, save=0.0):
+        times = {"step": 2.0, "data": 0.01, "log": 0.02, "save": save}
+        return {"step": step, "reward/mean": 1.0, "time/compilations": compilations} | {
+            f"time/{k}_s": v for k, v in times.items()
+        }
+
+    # Step 1 is the first, 2 compiled; a checkpoint every 2 steps is waited for by steps 3 and 5.
+    rows = [row(1), row(2, compilations=3), row(3, save=0.5), row(4), row(5, save=0.1)]
+    result = waiting.shares(rows, [9.0, 9.0, 0.2, 0.2, 0.4], every=2)
+    assert (result["steps"], result["saves"], result["seconds"]["median"]) == (3, 2, 2.0)
+    median = {name: result["per_cent"][name]["median"] for name in waiting.WAITS}
+    assert median == pytest.approx({"data": 0.5, "log": 1, "tokenize": 10, "save": 15})
+    assert result["save, of all steps"] == pytest.approx(10) and "reward/mean" not in result["rows"][0]
+    assert "| tiny | 2.00 | 0.50 (0.50) | 10.00 (20.00) | 1.00 (1.00) | 15.00 (25.00) | 10.00 |" in waiting.table(
+        {"tiny": result}
+    )
+    with pytest.raises(ValueError, match="take more steps"):
+        waiting.shares(rows[:2], [0.0] * 2, every=2)

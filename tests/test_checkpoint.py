@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +109,13 @@ def test_a_step_that_is_saved_or_being_saved_is_not_saved_again(tmp_path):
     checkpoints.close()
 
 
-def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+def test_arrays_may_be_donated_as_soon_as_they_are_copied(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     scribble = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 7, state), donate_argnums=0)
     state = {"x": jax.random.normal(jax.random.key(1), (1 << 20,))}
     before = np.array(state["x"], copy=True)
     checkpoints.save(1, state, {})
+    checkpoints.copied()
     for _ in range(3):
         state = scribble(state)
     jax.block_until_ready(state)
@@ -142,17 +142,49 @@ def test_a_save_is_written_in_the_background_and_close_waits_for_it(tmp_path, mo
     assert checkpoints.latest() == 1
 
 
-def test_saving_three_megabytes_blocks_for_less_than_a_second(tmp_path):
-    state = {f"w{k}": jnp.ones((4, 64, 256 + k)) for k in range(12)}
-    jax.block_until_ready(state)
+def test_a_save_does_not_wait_for_its_arrays_to_be_read_and_copied_does(tmp_path, monkeypatch):
+    allowed = threading.Event()
+    describe = checkpoint._describe
+
+    def slowly(arrays):
+        assert allowed.wait(60)
+        return describe(arrays)
+
+    monkeypatch.setattr(checkpoint, "_describe", slowly)
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, state, {})
-    checkpoints._wait()
-    began = time.perf_counter()
-    checkpoints.save(2, state, {})
-    seconds = time.perf_counter() - began
+    checkpoints.save(1, make_state(), {})
+    threading.Timer(0.2, allowed.set).start()
+    checkpoints.copied()
+    assert allowed.is_set()
     checkpoints.close()
-    assert seconds < 1
+    assert checkpoints.latest() == 1
+
+
+def test_there_is_no_checkpoint_where_what_must_come_before_it_fails(tmp_path):
+    def before():
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(), {}, before)
+    with pytest.raises(CheckpointError, match=r"step 1 could not be saved in .*: No space left on device"):
+        checkpoints.copied()
+    checkpoints.close()
+    assert checkpoints.latest() is None
+
+
+def test_arrays_that_are_donated_before_they_are_copied_make_an_error_and_no_checkpoint(tmp_path, monkeypatch):
+    allowed = threading.Event()
+    describe = checkpoint._describe
+    monkeypatch.setattr(checkpoint, "_describe", lambda arrays: allowed.wait(60) and describe(arrays))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = {"x": jnp.arange(1024.0)}
+    checkpoints.save(1, state, {})
+    jax.jit(lambda x: x * 0, donate_argnums=0)(state["x"]).block_until_ready()
+    allowed.set()
+    with pytest.raises(CheckpointError, match=r"step 1 could not be saved .*deleted"):
+        checkpoints.copied()
+    checkpoints.close()
+    assert checkpoints.latest() is None
 
 
 KILLED = """

@@ -120,19 +120,29 @@ def numbers(workdir):
 
 @pytest.fixture(scope="module")
 def uninterrupted(start, tmp_path_factory):
-    """(numbers, exported weights, usual seconds of a step) of a run that was left alone."""
+    """(numbers, exported weights, usual seconds of a step, rows with times) of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     finish(start(workdir))
-    seconds = [json.loads(line).get("time/step_s", 0) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    times = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
+    usual = statistics.median([0.0, *(row["time/step_s"] for row in times)])
     rows, completions = numbers(workdir)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert len({row["reward/mean"] for row in rows[1:]}) > 1 and any(row["upsilon/std"] for row in rows[1:])
     assert {row["step"] for row in completions} == set(range(1, STEPS + 1))
-    return (rows, completions), (workdir / "policy" / "model.safetensors").read_bytes(), statistics.median(seconds)
+    return (rows, completions), (workdir / "policy" / "model.safetensors").read_bytes(), usual, times
+
+
+def test_a_row_says_what_its_step_waited_for_the_row_and_the_checkpoint_before_it(uninterrupted):
+    times = uninterrupted[3]
+    assert times[0]["time/log_s"] is None and all(row["time/log_s"] > 0 for row in times[1:])
+    assert all(row["time/data_s"] > 0 for row in times)
+    # A checkpoint every two steps: those after steps 2 and 4 began with one.
+    saving = [row["time/save_s"] for row in times[1:]]
+    assert min(saving[1], saving[3]) > max(saving[0], saving[2], saving[4])
 
 
 def check(workdir, uninterrupted):
-    expected, weights, _ = uninterrupted
+    expected, weights, *_ = uninterrupted
     assert numbers(workdir) == expected
     assert (workdir / "policy" / "model.safetensors").read_bytes() == weights
 

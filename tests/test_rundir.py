@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -160,6 +161,30 @@ def test_a_run_that_compiles_at_every_step_is_told_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: each of the last 10 steps compiled programs") == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["time/compilations"] > 0 for row in rows] == [step != 5 for step in range(1, 31)]
+
+
+def test_rows_are_made_durable_beside_the_run_and_a_failure_there_is_raised_by_the_next(tmp_path, monkeypatch):
+    allowed, synced = threading.Event(), []
+
+    def fsync(number):
+        assert allowed.wait(60)
+        synced.append(os.readlink(f"/proc/self/fd/{number}").rpartition("/")[2])
+
+    monkeypatch.setattr(metrics.os, "fsync", fsync)
+    log = metrics.Log(tmp_path, resume_at=-1, total=2, quiet=True)
+    log.write({"step": 1}, [{"step": 1, "completion": ""}])
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1} and synced == []
+    threading.Timer(0.2, allowed.set).start()
+    log.durable()
+    assert synced == ["completions.jsonl", "metrics.jsonl"]
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    log.write({"step": 2})
+    with pytest.raises(OSError, match="No space"):
+        log.write({"step": 3})
 
 
 def test_a_completion_with_characters_that_end_lines_is_one_row_also_after_a_restart(tmp_path):
