@@ -93,6 +93,13 @@ class Checkpoints:
         if processes.count() > 1:  # they exchange digests, and exchanges of two threads may cross
             self.copied()
 
+    def prepare(self, state: Any) -> None:
+        """Compile, in the thread of saves, what reads such a state: else the first save would take the time for it."""
+        if processes.count() == 1:
+            self._thread.submit(
+                _compile_digests, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+            )
+
     def copied(self) -> None:
         """Wait until the arrays of the last save are not read any more; the files come later.
 
@@ -333,6 +340,13 @@ def _digest(x: jax.Array, begin: tuple[jax.Array, ...], shape: tuple[int, ...]) 
 
     sums = [jnp.sum(mix(bits.astype(jnp.uint32) ^ mix(place + np.uint32(salt))), dtype=jnp.uint32) for salt in (1, 2)]
     return jnp.stack(sums)
+
+
+def _compile_digests(arrays: list[jax.ShapeDtypeStruct]) -> None:
+    """Of whole arrays on one device; nothing else is certain to be asked for."""
+    for shape, dtype in {(x.shape, x.dtype) for x in arrays}:
+        begin = tuple(np.uint32(0) for _ in shape)
+        _digest.lower(jax.ShapeDtypeStruct(shape, dtype), begin, shape).compile()
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -28,6 +28,11 @@ def _note_compilation(event: str, duration_secs: float, **kwargs: Any) -> None:
         _compiled[threading.get_ident()] += 1
 
 
+def compiled() -> int:
+    """How many programs this thread has compiled or read from the cache."""
+    return _compiled[threading.get_ident()]
+
+
 def count_compiled(programs: int) -> None:
     """Count programs that another thread compiled for this one."""
     _compiled[threading.get_ident()] += programs
@@ -40,7 +45,7 @@ class Timers:
     """Seconds by phase: `with timers("sample"): ...`; a phase entered twice adds up."""
 
     def __init__(self):
-        self._began, self._compiled = time.perf_counter(), _compiled[threading.get_ident()]
+        self._began, self._compiled = time.perf_counter(), compiled()
         self._seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -60,7 +65,7 @@ class Timers:
         """{"time/PHASE_s": seconds}, with "time/step_s" and "time/compilations" (this thread's) since construction."""
         seconds = self._seconds | {"step": time.perf_counter() - self._began}
         named = {f"time/{phase}_s": value for phase, value in seconds.items()}
-        return named | {"time/compilations": _compiled[threading.get_ident()] - self._compiled}
+        return named | {"time/compilations": compiled() - self._compiled}
 
 
 COMPILING_STEPS = 10  # in a row, after which a run is told that it compiles all the time

@@ -149,6 +149,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
                     if inner == 0:
                         first, details_first = partition.fetch((values, details))
                 last = partition.fetch(values)
+            if step == start:
+                checkpoints.prepare(state)  # now that nothing else is left to compile
             # The clip acts only from the second update on a batch: report the last one's share.
             first["clip_fraction"] = last["clip_fraction"]
             row = {"step": step + 1, "learning_rate": float(schedule(step * mu))}

@@ -74,11 +74,12 @@ class Ahead:
             self._compiled = 0
 
     def _work(self, lower: Callable[[], jax.stages.Lowered]) -> None:
+        before = metrics.compiled()  # threads that have ended leave their numbers to new ones
         try:
             lower().compile()
-            self._compiled = 1
         except Exception as error:  # whatever it is, the call itself will meet it and raise it
             self._say(f"the update was not compiled beside the first step: {type(error).__name__}: {str(error)[:200]}")
+        self._compiled = metrics.compiled() - before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gcpo_jax import checkpoint
+from gcpo_jax import checkpoint, metrics
 from gcpo_jax.checkpoint import CheckpointError, Checkpoints, Preemption
 from gcpo_jax.config import Learner
 from gcpo_jax.learner import TrainState, make_optimizer
@@ -160,6 +160,17 @@ def test_a_save_does_not_wait_for_its_arrays_to_be_read_and_copied_does(tmp_path
     assert checkpoints.latest() == 1
 
 
+def test_a_save_compiles_nothing_more_after_it_was_prepared(tmp_path):
+    state = {"x": jnp.ones((3, 171)), "y": jnp.ones((3, 172), jnp.bfloat16), "n": jnp.int32(7)}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.prepare(state)
+    checkpoints._wait()
+    timers = metrics.Timers()
+    checkpoint._describe(state)
+    assert timers.read()["time/compilations"] == 0
+    checkpoints.close()
+
+
 def test_there_is_no_checkpoint_where_what_must_come_before_it_fails(tmp_path):
     def before():
         raise OSError(28, "No space left on device")
@@ -190,7 +201,7 @@ def test_arrays_that_are_donated_before_they_are_copied_make_an_error_and_no_che
 KILLED = """
 import os, pathlib, sys
 import jax.numpy as jnp
-from gcpo_jax import checkpoint
+from gcpo_jax import checkpoint, metrics
 c = checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=9)
 c.save(1, {"x": jnp.ones(4)}, {})
 c._wait()
