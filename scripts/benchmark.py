@@ -48,6 +48,7 @@ MODELS = {
     for name, sizes in {
         "micro": (64, 16, 2, 2, 1, 8, 32),  # a second's work: is all of it there?
         "small": (512, 128, 4, 4, 2, 32, 512),
+        "medium": (1024, 256, 4, 4, 2, 64, 1024),
         "large": (2048, 384, 6, 6, 2, 64, 1536),
         "1.5b": (151936, 1536, 28, 12, 2, 128, 8960),
     }.items()
@@ -188,11 +189,13 @@ def roofline(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[
     shape, dtype = ("1.5b", "bfloat16") if accelerator else ("large", "float32")
     spec = {"model": MODELS[shape], "dtype": dtype, "seed": 0, "samples": 8}
     decode = spec | {"work": "decode", "prompts": args.rows // 8, "prompt_tokens": 512, "new_tokens": 256}
+    sampled = decode | {k: BATCH[k] for k in ("prompts", "samples", "prompt_tokens", "new_tokens")}
     length = 4096 if accelerator else 512
     update = spec | {"work": "update", "prompts": 1, "prompt_tokens": 128, "new_tokens": length - 128}
     update["changes"] = {"algorithm.beta": 0.0, "learner.micro_batch": 8, "model.remat": "dots"}
     # One after the other: a process on a GPU takes most of its memory.
-    return {f"{shape}, {dtype}, decode": [ours("gcpo_jax", decode)], f"{shape}, update": [ours("gcpo_jax", update)]}
+    works = {f"{dtype}, decode": decode, f"{dtype}, decode as in sampling": sampled, "update": update}
+    return {f"{shape}, {name}": [ours("gcpo_jax", spec)] for name, spec in works.items()}
 
 
 def compared(result: rounds_lib.Rounds, unit: str) -> dict[str, Any]:
