@@ -286,9 +286,12 @@ def run_shared(
     place(rows, starts)
 
     def parts(x):
-        shapes = ((P,), (m, A), (n, T))
-        ends = (P, P + m * A)
-        return (y.reshape(B, *shape, *x.shape[2:]) for y, shape in zip(jnp.split(x, ends, axis=1), shapes, strict=True))
+        between = P + m * A
+        return (
+            x[:, :P],
+            x[:, P:between].reshape(B, m, A, *x.shape[2:]),
+            x[:, between:].reshape(B, n, T, *x.shape[2:]),
+        )
 
     def attend(q, k, v):
         (q_first, q_block, q_own), (k_first, k_block, k_own), (v_first, v_block, v_own) = map(parts, (q, k, v))
