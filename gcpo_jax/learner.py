@@ -185,10 +185,12 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     # In blocks a query's targets share it, as many as lie together in a micro-batch.
     together = math.gcd(len(targets) // len(exp.prompts), size // shards) * G if actor.blocked else 1
     if others:
-        # In blocks all contexts of a query share them; with shared sampling those of a target differ in the integrated
-        # output at their end alone.
-        shared = actor.config.algorithm.sampling == "shared"
-        alike = len(others) // (len(exp.prompts) if actor.blocked else len(targets)) if actor.blocked or shared else 1
+        alike = 1
+        if actor.blocked:
+            alike = len(others) // len(exp.prompts)
+        elif actor.config.algorithm.sampling == "shared":
+            # The contexts of a target differ in the integrated output at their end alone.
+            alike = len(others) // len(targets)
         logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike)
         np.add.at(
             phi_rest,

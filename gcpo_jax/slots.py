@@ -182,10 +182,7 @@ def run(
 
         more = used_up(queue)
         chunk = queue.chunk + more.astype(jnp.int32)
-        rows_of = _over_shards(
-            shards, lambda chunk, tree: jax.tree.map(functools.partial(rows, chunk), tree), (0, 0), 0
-        )
-        new = _prefill(c, params, rows_of(chunk, queue.prompts), width)
+        new = _prefill(c, params, _over_shards(shards, rows, (0, 0), 0)(chunk, queue.prompts), width)
         hidden, cache = _over_shards(shards, replace, (0, (0, 1), (0, 1)), (0, 1))(
             more, new, (queue.hidden, queue.cache)
         )
