@@ -223,7 +223,7 @@ def pad(entries: Sequence[Entry], completions: Sequence[Sequence[int]], call: Ca
 def _entries(prompts: Sequence[Prompt], limit: int, alike: int) -> tuple[list[Entry], int]:
     """Rows by what they share, at most `limit` together, and how many each entry has."""
     n = largest_share(alike, limit)
-    if n > 1 or isinstance(prompts[0], InBlocks):
+    if n > 1 or any(isinstance(p, InBlocks) for p in prompts[:1]):
         parts = [list(range(k, k + n)) for k in range(0, len(prompts), n)]
         entries = [Entry(rows, pack([prompts[r] for r in rows])) for rows in parts]
         if all(e.packed.first for e in entries):

@@ -216,3 +216,8 @@ def test_prompts_that_should_begin_alike_and_do_not_score_as_each_by_itself(para
     alone = scorer.score(CONFIG, params, prompts, completions, width=T)
     monkeypatch.setattr(models, "encode_shared", None)  # by the program just compiled
     np.testing.assert_array_equal(scorer.score(CONFIG, params, prompts, completions, width=T, alike=2), alone)
+
+
+def test_nothing_to_score_is_no_error(params):
+    assert scorer.score(CONFIG, params, [], [], width=T).shape == (0, T)
+    assert scorer.score(CONFIG, params, [], [], width=T, alike=4).shape == (0, T)
