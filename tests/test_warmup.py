@@ -22,9 +22,9 @@ STATE = learner.TrainState({}, None)
 
 @pytest.fixture
 def first_step(monkeypatch):
-    """first_step(preset, seed): (watched actor, what it is made of) with samples of random length and no model."""
+    """first_step(preset, seed, attention): (actor, problems, rng), with samples of random length and no model."""
 
-    def make(preset, seed=0):
+    def make(preset, seed=0, attention="causal"):
         rng = np.random.default_rng(seed)
 
         def sample(model_config, params, prompts, *, n, max_new_tokens, done=None, **_):
@@ -38,6 +38,7 @@ def first_step(monkeypatch):
         monkeypatch.setattr(scorer, "last_hidden", lambda c, p, rows, **_: rng.normal(size=(len(rows), c.hidden_size)))
         config = tiny.get_config(preset)
         config.rollout.queries, config.rollout.group_size, config.learner.micro_batch = 3, 4, 4
+        config.contexts.attention = attention
         model_config = models.read_config(config.model.path, config.model.dtype)
         actor = rollout.Actor(config, model_config, {}, train.make_contexts(config, model_config))
         return actor, arithmetic.problems()[0][:3], rng
@@ -59,10 +60,15 @@ class Update:
         pass
 
 
+BLOCKED = [(preset, "block") for preset in ("gcpo", "gcpo_paper", "gcpo_loo", "gcpo_bayes")]
+
+
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("preset", list(config_lib.PRESETS))
-def test_the_update_is_compiled_once_for_exactly_the_batch_that_the_first_step_makes(first_step, preset, updates):
-    actor, rows, rng = first_step(preset, seed=updates)
+@pytest.mark.parametrize(("preset", "attention"), [(preset, "causal") for preset in config_lib.PRESETS] + BLOCKED)
+def test_the_update_is_compiled_once_for_exactly_the_batch_that_the_first_step_makes(
+    first_step, preset, attention, updates
+):
+    actor, rows, rng = first_step(preset, seed=updates, attention=attention)
     actor.config.learner.updates_per_batch = updates
     update, said = Update(), []
     ahead = warmup.Ahead(said.append)
