@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-Ids = Sequence[int]
-
 
 @dataclasses.dataclass(frozen=True)
 class InBlocks:
@@ -34,19 +32,19 @@ class InBlocks:
         return len(self.first) + max(map(len, self.blocks), default=0) + len(self.ending)
 
 
-Prompt = Ids | InBlocks
+Prompt = Sequence[int] | InBlocks
 
 
 class Packed(NamedTuple):
     """Prompts with what they share apart: one computation of it serves them all."""
 
-    first: Ids  # that every prompt begins with
+    first: Sequence[int]  # that every prompt begins with
     blocks: list[list[int]]  # that some of them have
     seen: list[list[bool]]  # of each prompt: which blocks are its own
-    endings: list[Ids]  # of each prompt: what is left
+    endings: list[Sequence[int]]  # of each prompt: what is left
 
 
-def whole(prompt: Ids, n: int = 1) -> Packed:
+def whole(prompt: Sequence[int], n: int = 1) -> Packed:
     """A prompt that all of n rows share to its end."""
     return Packed(prompt, [], [[] for _ in range(n)], [[] for _ in range(n)])
 
@@ -154,7 +152,7 @@ class Arrays(NamedTuple):
     blocks: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # tokens [B, m, A], lengths [B, m], seen [B, n, m]
 
 
-def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Ids] | None = None) -> Arrays:
+def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Sequence[int]] | None = None) -> Arrays:
     """Packed as arrays; None is padding.
 
     Args:

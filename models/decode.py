@@ -15,7 +15,17 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.qwen import Blocks, Params, block, constrain, final_norm, places, run_layers, run_shared
+from gcpo_jax.models.qwen import (
+    Blocks,
+    Params,
+    block,
+    constrain,
+    final_norm,
+    places,
+    run_layers,
+    run_shared,
+    shared_columns,
+)
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 Caches = Cache | tuple[Cache, ...]  # of layers stacked, or by layer
@@ -55,16 +65,11 @@ def prefill_shared(
     _, hidden, cache = run_shared(model_config, params, prompts, lengths, rows, "none", blocks, keep_cache=True)
     last = jnp.take_along_axis(hidden, (row_lengths - 1)[..., None, None], axis=2)
 
-    def valid(lengths, width):
-        return jnp.arange(width).reshape((1,) * lengths.ndim + (width,)) < lengths[..., None]
-
     # Of all columns those that are a prompt's come first, in their order; keys know their positions.
-    mine = [jnp.broadcast_to(valid(lengths, prompts.shape[1])[:, None], (B, n, prompts.shape[1]))]
-    if blocks is not None:
-        in_block = blocks.seen[..., None] & valid(blocks.lengths, blocks.tokens.shape[2])[:, None]
-        mine.append(in_block.reshape(B, n, -1))
-    own = valid(row_lengths, W)[:, :, None] & jnp.eye(n, dtype=bool)[None, :, :, None]
-    mine = jnp.concatenate([*mine, own.reshape(B, n, n * W)], axis=-1)
+    shared = shared_columns(prompts.shape[1], lengths, blocks)
+    own = (jnp.arange(W)[None, None] < row_lengths[..., None])[:, :, None] & jnp.eye(n, dtype=bool)[None, :, :, None]
+    shared = jnp.broadcast_to(shared, (B, n, shared.shape[-1]))
+    mine = jnp.concatenate([shared, own.reshape(B, n, n * W)], axis=-1)
     order = jnp.argsort(~mine, axis=-1, stable=True)[..., :width]
     order = jnp.pad(order, ((0, 0), (0, 0), (0, width - order.shape[-1])))
 

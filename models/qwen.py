@@ -252,6 +252,18 @@ class Blocks(NamedTuple):
     seen: Any  # [B, n, m] bool: which of them each row that follows sees
 
 
+def shared_columns(P: int, lengths, blocks: Blocks | None):
+    """Which columns of prompts[B, P] and, behind them, of blocks a row sees: [B, n, P + m A]; [B, 1, P] without."""
+    first = jnp.arange(P)[None, None] < lengths[:, None, None]
+    if blocks is None:
+        return first
+    B, n, m = blocks.seen.shape
+    A = blocks.tokens.shape[2]
+    real = jnp.arange(A)[None, None] < blocks.lengths[..., None]
+    between = (blocks.seen[..., None] & real[:, None]).reshape(B, n, m * A)
+    return jnp.concatenate([jnp.broadcast_to(first, (B, n, P)), between], axis=-1)
+
+
 def run_shared(
     c: ModelConfig,
     params: Params,
@@ -269,7 +281,7 @@ def run_shared(
     """
     B, n, T = rows.shape
     P, m, A = prompts.shape[1], *((0, 0) if blocks is None else blocks.tokens.shape[1:])
-    in_prompt = jnp.arange(P)[None, None] < lengths[:, None, None]
+    in_prompt, seen = shared_columns(P, lengths, None), shared_columns(P, lengths, blocks)
     starts = jnp.broadcast_to(lengths[:, None], (B, n))
     tokens, positions = [prompts], [places(prompts)]
 
@@ -280,9 +292,6 @@ def run_shared(
     if blocks is not None:
         place(blocks.tokens, jnp.broadcast_to(lengths[:, None], (B, m)))
         starts = starts + jnp.max(jnp.where(blocks.seen, blocks.lengths[:, None], 0), axis=-1)
-        in_block = jnp.arange(A)[None, None] < blocks.lengths[..., None]
-        in_block = (blocks.seen[..., None] & in_block[:, None]).reshape(B, n, m * A)
-        seen = jnp.concatenate([jnp.broadcast_to(in_prompt, (B, n, P)), in_block], axis=-1)
     place(rows, starts)
 
     def parts(x):
@@ -297,7 +306,7 @@ def run_shared(
         (q_first, q_block, q_own), (k_first, k_block, k_own), (v_first, v_block, v_own) = map(parts, (q, k, v))
         first = kernels.causal(c, q_first, k_first, v_first)
         if blocks is None:
-            heads = [first, kernels.shared(c, q_own, k_own, v_own, k_first, v_first, in_prompt)]
+            heads = [first, kernels.shared(c, q_own, k_own, v_own, k_first, v_first, seen)]
         else:
             middle = kernels.shared(c, q_block, k_block, v_block, k_first, v_first, in_prompt)
             context = (jax.lax.stop_gradient(x[:, : P + m * A]) for x in (k, v))
@@ -305,8 +314,8 @@ def run_shared(
         heads = jnp.concatenate([x.reshape(B, -1, *q.shape[2:]) for x in heads], axis=1)
         return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
-    places_of = jnp.concatenate(positions, axis=1)
-    hidden, cache = run_layers(c, params, jnp.concatenate(tokens, axis=1), places_of, attend, remat)
+    everything, where = (jnp.concatenate(x, axis=1) for x in (tokens, positions))
+    hidden, cache = run_layers(c, params, everything, where, attend, remat)
     first, _, own = parts(hidden)
     return first, own, cache
 
