@@ -155,6 +155,7 @@ def run(
     W = B if B >= E else max(1, B // 8)  # lanes refilled at once
     F = computed // shards
     chunks, chunk = ring_of(T)
+    turns = models.turn_to(jnp.arange(width + T), c)
     ring, ends = jnp.arange(T), jnp.asarray(eos_ids, jnp.int32)
 
     def waiting(queue):
@@ -256,7 +257,7 @@ def run(
         age = jnp.minimum(t - lanes.start, T - 1)
         cache_column = t % (chunks * chunk) if full else t
         hidden, own = models.decode_step(
-            c, layers, drawn, cache_column, age, lanes.lengths, lanes.prompt, lanes.own, lanes.end, full
+            c, layers, drawn, cache_column, age, lanes.lengths, lanes.prompt, lanes.own, lanes.end, full, turns
         )
         return t + 1, lanes._replace(
             hidden=hidden,

@@ -18,6 +18,7 @@ from gcpo_jax.models.config import ModelConfig
 from gcpo_jax.models.qwen import (
     Blocks,
     Params,
+    Turn,
     block,
     constrain,
     final_norm,
@@ -25,6 +26,7 @@ from gcpo_jax.models.qwen import (
     run_layers,
     run_shared,
     shared_columns,
+    turn_to,
 )
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
@@ -103,6 +105,7 @@ def decode_step(
     own_cache: tuple[Caches, ...],
     starts: Int[Array, " B"] | None = None,
     full: bool = True,
+    turns: Turn | None = None,
 ) -> tuple[Float[Array, "B n D"], tuple[Caches, ...]]:
     """Feed each row's latest token, which is its generated token number `age` (from 0).
 
@@ -129,6 +132,7 @@ def decode_step(
     )
     count = len(own_cache)
     positions = jnp.broadcast_to(((lengths if starts is None else starts) + age)[:, None], (B, n))
+    turn = turn_to(positions, c) if turns is None else Turn(*(x[positions] for x in turns))
     in_prompt = (jnp.arange(P)[None, :] < lengths[:, None])[:, None, None, None, :]
     steps_old = (column - jnp.arange(count * w)) % (count * w)
     in_own = jnp.split((steps_old[None, :] <= age[:, None])[:, None, None, None, :], count, axis=-1)
@@ -175,7 +179,7 @@ def decode_step(
             heads = (heads.astype(jnp.float32) / total).astype(v.dtype)
             return constrain(c, heads, "step_queries"), kept
 
-        x, kept = block(c, layer_params)(x, positions, attend)
+        x, kept = block(c, layer_params)(x, turn, attend)
         return constrain(c, x, "step_hidden"), kept
 
     def scanned(carry, inputs):

@@ -89,15 +89,15 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None
 
-    def project(self, x, positions):
-        """x[..., D] -> q[..., K, G, A], k[..., K, A], v[..., K, A], rotated to positions[...]."""
+    def project(self, x, turn: "Turn"):
+        """x[..., D] -> q[..., K, G, A], k[..., K, A], v[..., K, A], rotated by turn."""
         c = self.c
         q = self.q(x).reshape(*x.shape[:-1], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
         k = self.k(x).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         v = self.v(x).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions[..., None, None], c), rotate(k, positions[..., None], c), v
+        return rotate(q, turn), rotate(k, turn), v
 
 
 class Block(nnx.Module):
@@ -111,9 +111,9 @@ class Block(nnx.Module):
         self.up = Linear(c.hidden_size, c.intermediate_size)
         self.down = Linear(c.intermediate_size, c.hidden_size)
 
-    def __call__(self, x, positions, attend: Callable):
+    def __call__(self, x, turn: "Turn", attend: Callable):
         """attend(q, k, v) -> (heads[..., K, G, A], whatever else it wants returned)."""
-        heads, extra = attend(*self.attention.project(self.attention_norm(x), positions))
+        heads, extra = attend(*self.attention.project(self.attention_norm(x), turn))
         x = x + self.attention.o(heads.reshape(*x.shape[:-1], -1))
         y = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), extra
@@ -123,14 +123,28 @@ def _along_last(vector, like):
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def rotate(x, positions, c: ModelConfig):
-    """Rotary embedding of x[..., A], half-split; positions broadcast over x's other axes. Angles in float32."""
+class Turn(NamedTuple):
+    """How far positions are rotated."""
+
+    cos: jax.Array  # [..., A / 2] float32
+    sin: jax.Array
+
+
+def turn_to(positions: Int[Array, "*rows"], c: ModelConfig) -> Turn:
+    """The rotary embedding's angles at positions, in float32. One for all layers: each would else make its own."""
     half = c.head_dim // 2
     # A constant, rounded once: at position 32,768 one unit in the last place of a device's power is 1e-3 rad.
     frequencies = jnp.asarray(c.rope_theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * _along_last(frequencies, positions[..., None])
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    # Without the barrier XLA fuses sines into every product that uses them.
+    return Turn(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+
+
+def rotate(x, turn: Turn):
+    """Rotary embedding, half-split, of x[..., A], which has axes for heads behind those of the positions."""
+    heads = x.ndim - turn.cos.ndim
+    cos, sin = (t.reshape(*t.shape[:-1], *(1,) * heads, t.shape[-1]) for t in turn)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -209,10 +223,12 @@ def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
 def run_layers(c: ModelConfig, params: Params, tokens, positions, attend: Callable, remat: str = "none"):
     """Hidden states [R, S, D] after the final norm, and what attend returned beside the heads, stacked by layer."""
 
+    turn = turn_to(positions, c)
+
     def layer(x, layer_params):
         if c.layout is not None:
             layer_params = c.layout.gather(layer_params, section="layers")
-        x, kept = block(c, layer_params)(x, positions, attend)
+        x, kept = block(c, layer_params)(x, turn, attend)
         return constrain(c, x, "hidden"), kept
 
     x, kept = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
