@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gcpo_jax import models
 from gcpo_jax.draw import choose
 
-# A ring of generated tokens has at most so many chunks, of at least so many columns: a program is compiled for each.
-CHUNKS, CHUNK = 4, 256
-
 
 def ring_of(T: int) -> tuple[int, int]:
-    """Chunks of the ring for T tokens, and columns of each. While t columns are in use, only their chunks are read."""
-    chunks = max(1, min(CHUNKS, T // CHUNK))
+    """Chunks of the ring for T tokens, and columns of each. While t columns are in use, only their chunks are read.
+
+    More chunks would be read less often for nothing, but a program is compiled for each.
+    """
+    chunks = 4 if T >= 1024 else 2 if T >= 128 else 1
     return chunks, -(-T // chunks)
 
 
