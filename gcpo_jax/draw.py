@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+BLOCK = 128
+
 
 def choose(
     logp: Float[Array, "*rows V"],
@@ -25,11 +27,27 @@ def choose(
         p = _keep(p, lambda kept: kept.astype(jnp.bool).sum(-1).astype(jnp.float32), float(top_k))
     if top_p < 1.0:
         p = _keep(p, lambda kept: kept.sum(-1), top_p * p.sum(-1))
-    mass = jnp.cumsum(p, axis=-1)
-    hit = (mass > (u * mass[..., -1])[..., None]) & (p > 0)
-    # Where rounding leaves no hit (u next to 1), the last token that can be drawn is the right one.
-    final = p.shape[-1] - 1 - jnp.argmax((p > 0)[..., ::-1], axis=-1)
-    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), final).astype(jnp.int32)
+    return _invert(p, u).astype(jnp.int32)
+
+
+def _invert(p, u):
+    """The first index at which the sum of p[..., V] exceeds u times all of it: its block of BLOCK first."""
+    V = p.shape[-1]
+    blocks = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -V % BLOCK)]).reshape(*p.shape[:-1], -1, BLOCK)
+    sums = blocks.sum(-1)
+    mass = jnp.cumsum(sums, axis=-1)
+    enough = u * mass[..., -1]
+    block = _first(mass > enough[..., None], sums > 0)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    before = jnp.take_along_axis(mass - sums, block[..., None], axis=-1)
+    at = _first((before + jnp.cumsum(inside, axis=-1) > enough[..., None]) & (inside > 0), inside > 0)
+    return block * BLOCK + at
+
+
+def _first(hit, possible):
+    """The first hit on the last axis; where rounding left none (u next to 1), the last that is possible."""
+    last = hit.shape[-1] - 1 - jnp.argmax(possible[..., ::-1], axis=-1)
+    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last)
 
 
 def _keep(p, amount, enough):

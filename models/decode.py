@@ -162,7 +162,8 @@ def decode_step(
             q, k, v = constrain(c, q, "step_queries"), *constrain(c, (k, v), "step_keys")
             own, kept = store(k[..., None], v[..., None, :])
             scale = c.head_dim**-0.5
-            on_prompt = jnp.einsum("bnkga,bkpa->bnkgp", q, prompt_k, preferred_element_type=jnp.float32)
+            # Products with a prompt, shared by its rows, in the order of axes that turns no keys or values around.
+            on_prompt = jnp.einsum("bnkga,bkpa->bkngp", q, prompt_k, preferred_element_type=jnp.float32).swapaxes(1, 2)
             scores = [jnp.where(in_prompt, on_prompt * scale, -1e30)]
             own_q = q.reshape(*own[0][0].shape[:-3], *q.shape[2:])
             for (own_k, _), seen in zip(own, in_own, strict=True):
@@ -172,7 +173,8 @@ def decode_step(
             top = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
             on_prompt, *on_own = (jnp.exp(s - top) for s in scores)
             total = on_prompt.sum(-1, keepdims=True) + sum(s.sum(-1, keepdims=True) for s in on_own)
-            heads = jnp.einsum("bnkgp,bkpa->bnkga", on_prompt.astype(v.dtype), prompt_v)
+            on_prompt = on_prompt.astype(v.dtype).swapaxes(1, 2)
+            heads = jnp.einsum("bkngp,bkpa->bknga", on_prompt, prompt_v).swapaxes(1, 2)
             for weights, (_, own_v) in zip(on_own, own, strict=True):
                 weights = weights.astype(v.dtype).reshape(*own_q.shape[:-1], w)
                 heads = heads + jnp.einsum("...kgt,...kta->...kga", weights, own_v).reshape(q.shape)
