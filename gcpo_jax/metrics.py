@@ -78,11 +78,11 @@ class Log:
       resume_at: rows of later steps, and a torn last line, are dropped, so no step stands twice.
       total: steps of the whole run, for the time left.
 
-    A written row outlives this process; it outlives the machine once `durable` has returned, which a checkpoint waits
-    for. Of several processes only the first writes and says anything.
+    Rows are written beside the run, in their order; they outlive the machine once `durable` has returned, which a
+    checkpoint waits for. Of several processes only the first writes and says anything.
 
     Raises:
-      OSError: where the files cannot be written.
+      OSError: where the files cannot be written; of a row, from a later call.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_at: int, total: int, quiet: bool = False):
@@ -90,7 +90,7 @@ class Log:
         self._total, self._quiet, self._seconds, self._compiling = total, quiet, [], 0
         self._writes = processes.is_first()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._syncing: concurrent.futures.Future[None] | None = None
+        self._last: concurrent.futures.Future[None] | None = None  # row, and so every row before it
         for path in (self._metrics, self._completions) if self._writes else ():
             keep_until(path, resume_at)
 
@@ -98,11 +98,9 @@ class Log:
         """One step: its metrics (numbers that are not finite become null) and its readable groups."""
         if not self._writes:
             return
-        self.durable()
-        for completion in completions:
-            append(self._completions, completion)
-        append(self._metrics, row)
-        self._syncing = self._thread.submit(self._sync)
+        if self._last is not None and self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(self._put, self._last, row, completions)
         if "reward/mean" in row:
             self._seconds = [*self._seconds, row["time/step_s"]][-20:]
         self._progress(row)
@@ -115,10 +113,20 @@ class Log:
 
     def durable(self) -> None:
         """Wait until all that was written is on the disk; from whatever thread."""
-        if self._syncing is not None:
-            self._syncing.result()
+        if self._last is not None:
+            self._last.result()
 
-    def _sync(self) -> None:
+    def close(self) -> None:
+        """Wait as `durable` does; nothing can be written any more."""
+        self._thread.shutdown()
+        self.durable()
+
+    def _put(self, before: concurrent.futures.Future[None] | None, row, completions) -> None:
+        if before is not None:
+            before.result()  # done, as there is one thread; what failed once fails from then on
+        for completion in completions:
+            append(self._completions, completion)
+        append(self._metrics, row)
         for path in (self._completions, self._metrics):
             if path.exists():
                 with path.open("rb") as file:

@@ -119,7 +119,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> bool:
         return signalled
 
     # Closing waits for a save under way, also where a reward ends the run.
-    with contextlib.closing(run), checkpoint.Preemption() as preemption, contextlib.closing(checkpoints):
+    closing = contextlib.closing
+    with closing(run), closing(log), checkpoint.Preemption() as preemption, closing(checkpoints):
         if start == 0:
             log.write({"step": 0} | evaluation())
         timers, ahead = metrics.Timers(), warmup.Ahead(log.say)

@@ -4,7 +4,17 @@ from gcpo_jax.models.config import ModelConfig, ModelError, read_config
 from gcpo_jax.models.decode import Cache, Caches, by_layer, decode_step, init_cache, prefill, prefill_shared
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
 from gcpo_jax.models.kernels import for_devices
-from gcpo_jax.models.qwen import Blocks, constrain, encode, encode_shared, forward, init_params, shapes, turn_to, unembed
+from gcpo_jax.models.qwen import (
+    Blocks,
+    constrain,
+    encode,
+    encode_shared,
+    forward,
+    init_params,
+    shapes,
+    turn_to,
+    unembed,
+)
 
 __all__ = [
     "Blocks",

@@ -118,6 +118,7 @@ def decode_step(
         1: with that axis XLA on a CPU writes twice, for the product and for the next step, into copies.
       starts: position of the first generated token; None: the prompts' lengths.
       full: whether the ring has all its chunks; else the column is one of the last chunk's, the others are only read.
+      turns: of positions 0, 1, ..., made once for all steps; None: this step makes its own, in each layer on a CPU.
 
     Returns:
       Hidden states after the final norm, and own_cache with the tokens' keys and values written in place.

@@ -131,17 +131,16 @@ class Turn(NamedTuple):
 
 
 def turn_to(positions: Int[Array, "*rows"], c: ModelConfig) -> Turn:
-    """The rotary embedding's angles at positions, in float32. One for all layers: each would else make its own."""
+    """The rotary embedding's rotation at positions. Angles in float32."""
     half = c.head_dim // 2
     # A constant, rounded once: at position 32,768 one unit in the last place of a device's power is 1e-3 rad.
     frequencies = jnp.asarray(c.rope_theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * _along_last(frequencies, positions[..., None])
-    # Without the barrier XLA fuses sines into every product that uses them.
-    return Turn(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+    return Turn(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x, turn: Turn):
-    """Rotary embedding, half-split, of x[..., A], which has axes for heads behind those of the positions."""
+    """Rotary embedding of x[*rows, *heads, A], half-split, at the positions [*rows] of turn."""
     heads = x.ndim - turn.cos.ndim
     cos, sin = (t.reshape(*t.shape[:-1], *(1,) * heads, t.shape[-1]) for t in turn)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -158,12 +158,13 @@ def test_a_run_that_compiles_at_every_step_is_told_once(tmp_path, capsys):
         if step != 5:
             jax.jit(lambda x, step=step: x + step)(1.0).block_until_ready()
         log.write({"step": step} | timers.read())
+    log.close()
     assert capsys.readouterr().err.count("warning: each of the last 10 steps compiled programs") == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["time/compilations"] > 0 for row in rows] == [step != 5 for step in range(1, 31)]
 
 
-def test_rows_are_made_durable_beside_the_run_and_a_failure_there_is_raised_by_the_next(tmp_path, monkeypatch):
+def test_rows_are_written_beside_the_run_and_a_failure_there_is_raised_by_a_later_call(tmp_path, monkeypatch):
     allowed, synced = threading.Event(), []
 
     def fsync(number):
@@ -173,18 +174,22 @@ def test_rows_are_made_durable_beside_the_run_and_a_failure_there_is_raised_by_t
     monkeypatch.setattr(metrics.os, "fsync", fsync)
     log = metrics.Log(tmp_path, resume_at=-1, total=2, quiet=True)
     log.write({"step": 1}, [{"step": 1, "completion": ""}])
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1} and synced == []
+    log.write({"step": 2})
+    assert synced == []
     threading.Timer(0.2, allowed.set).start()
     log.durable()
-    assert synced == ["completions.jsonl", "metrics.jsonl"]
+    assert synced == ["completions.jsonl", "metrics.jsonl"] * 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
     def full(number):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(metrics.os, "fsync", full)
-    log.write({"step": 2})
+    log.write({"step": 3})
     with pytest.raises(OSError, match="No space"):
-        log.write({"step": 3})
+        log.durable()
+    with pytest.raises(OSError, match="No space"):
+        log.write({"step": 4})
 
 
 def test_a_completion_with_characters_that_end_lines_is_one_row_also_after_a_restart(tmp_path):

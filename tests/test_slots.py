@@ -1,7 +1,6 @@
 """Completions through slots equal those of a call in which every row has a place, whoever waits for whom."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
