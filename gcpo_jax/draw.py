@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 128
+BLOCK = 128  # tokens summed up together, of which one block is then looked into
 
 
 def choose(
@@ -31,7 +31,7 @@ def choose(
 
 
 def _invert(p, u):
-    """The first index at which the sum of p[..., V] exceeds u times all of it: its block of BLOCK first."""
+    """The first index at which the running sum of p[..., V] is above u times all of it: its block, then where in it."""
     V = p.shape[-1]
     blocks = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -V % BLOCK)]).reshape(*p.shape[:-1], -1, BLOCK)
     sums = blocks.sum(-1)

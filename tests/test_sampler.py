@@ -144,14 +144,12 @@ def test_second_tokens_follow_the_models_probabilities(params):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.6), (0, 0.999), (20, 0.85), (1, 1.0)])
 def test_choose_draws_the_exact_distribution_over_100000_draws(top_k, top_p):
-    p = np.random.default_rng(1).dirichlet(np.full(64, 0.3)).astype(np.float32)
-    draws = 100_000
+    V, draws = 2 * draw.BLOCK + 44, 100_000
+    p = np.random.default_rng(1).dirichlet(np.full(V, 0.1)).astype(np.float32)
     u = jax.random.uniform(jax.random.key(0), (draws // 100, 100))
-    logp = jnp.broadcast_to(jnp.log(jnp.maximum(p, 1e-30)), (100, 64))
+    logp = jnp.broadcast_to(jnp.log(jnp.maximum(p, 1e-30)), (100, V))
     chosen = jax.lax.map(lambda row: draw.choose(logp, row, top_k=top_k, top_p=top_p), u)
-    assert_follows(
-        np.bincount(np.asarray(chosen).ravel(), minlength=64), restricted(p.astype(np.float64), top_k, top_p)
-    )
+    assert_follows(np.bincount(np.asarray(chosen).ravel(), minlength=V), restricted(p.astype(np.float64), top_k, top_p))
 
 
 choose = jax.jit(draw.choose, static_argnames=("top_k", "top_p", "greedy"))
@@ -168,10 +166,12 @@ def test_choose_never_draws_what_has_no_probability_or_is_excluded(logits, u, re
     if np.isneginf(logits).all():
         logits[4] = 0.0
     top_k, top_p = restriction
-    logp = jax.nn.log_softmax(jnp.asarray(logits))
+    spread = np.full(300, -np.inf, np.float32)
+    spread[[*range(0, 270, 27), 298, 299]] = logits  # over three blocks of the vocabulary, up to its end
+    logp = jax.nn.log_softmax(jnp.asarray(spread))
     token = int(choose(logp, jnp.float32(u), top_k=top_k, top_p=top_p))
     p = np.exp(np.asarray(logp, np.float64))
-    assert 0 <= token < 12 and np.asarray(jnp.exp(logp))[token] > 0
+    assert 0 <= token < 300 and np.asarray(jnp.exp(logp))[token] > 0
     likelier = p > p[token] * (1 + 1e-6)
     if top_k:
         assert likelier.sum() < top_k
