@@ -301,7 +301,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             for peer in PEERS:
                 sub.add_argument(f"--{peer}", metavar="PYTHON", help=f"the interpreter of an environment with {peer}")
         if name in ("sampling", "step", "ragged", "shared"):
-            usual = ["small", "large"] if name in ("sampling", "step") else ["small"]
+            usual = ["small", "medium", "large"] if name in ("sampling", "step") else ["small"]
             sub.add_argument("--shapes", nargs="+", choices=list(MODELS), default=usual)
         if name == "step":
             sub.add_argument("--beta", type=float, default=0.0, help="weight of the KL to a reference; TRL's own is 0")
