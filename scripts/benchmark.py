@@ -162,7 +162,7 @@ def paper(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Con
     """Steps of gcpo_paper, whole, and the same steps by the loop of tests/context_by_context.py."""
     spec = {"directory": write_model(scratch, args.shape), "model": MODELS[args.shape], "end_ids": never(args.shape)}
     spec |= BATCH | {"prompts": 1, "new_tokens": args.tokens, "preset": "gcpo_paper"}
-    spec["changes"] = {"contexts.cap": args.tokens, "learner.micro_batch": 8, "rollout.max_rows": 64}
+    spec["changes"] = {"contexts.cap": args.tokens, "learner.micro_batch": 8, "rollout.max_rows": 128}
     spec["changes"] |= {"learner.learning_rate": 0.0}
     mine, loop = (ours(name, spec | {"work": work}) for name, work in (("gcpo_paper", "step"), ("the loop", "loop")))
     return {f"{args.shape}, {args.tokens} tokens": [mine, loop]}
