@@ -306,7 +306,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "step":
             sub.add_argument("--beta", type=float, default=0.0, help="weight of the KL to a reference; TRL's own is 0")
         if name == "shared":
-            parts = ("prefill", "score", "gradient")
+            parts = ["prefill", "score", "gradient"]
             sub.add_argument("--parts", nargs="+", default=parts, choices=parts)
         if name == "gcpo":
             sub.add_argument("--cases", nargs="+", default=["paper", "tiny", "smollm2"])
