@@ -21,7 +21,7 @@ from gcpo_jax.draw import choose
 def ring_of(T: int) -> tuple[int, int]:
     """Chunks of the ring for T tokens, and columns of each. While t columns are in use, only their chunks are read.
 
-    More chunks would be read less often for nothing, but a program is compiled for each.
+    With more chunks fewer empty columns would be read, but a program is compiled for each.
     """
     chunks = 4 if T >= 1024 else 2 if T >= 128 else 1
     return chunks, -(-T // chunks)
