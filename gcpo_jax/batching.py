@@ -57,6 +57,8 @@ class Shape(NamedTuple):
     own: int  # W, of an ending and what follows it
     blocks: int = 0  # m
     block: int = 0  # A
+    family: int = 1  # t: Packed whose first parts are computed as one trie
+    nodes: int = 0  # U of it, where t > 1
 
 
 def pack(prompts: Sequence[Prompt]) -> Packed:
@@ -81,6 +83,27 @@ def pack(prompts: Sequence[Prompt]) -> Packed:
         lists.append({at.setdefault(key, len(at)) for key in keys})
     seen = [[k in mine for k in range(len(at))] for mine in lists]
     return Packed(blocked[0].first, [list(block) for block, _ in at], seen, [p.ending for p in blocked])
+
+
+def trie(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prefix trie of rows: (node[t, width] of each token, place[U] in the flattened rows where each node stands).
+
+    Two tokens have one node where their rows agree up to and including them. Beyond a row's end nodes mean nothing.
+    """
+    node, place = np.zeros((len(rows), width), np.int32), []
+    before: int | None = None
+    # In the order of words, no earlier row agrees with a row for longer than the one before it.
+    for r in sorted(range(len(rows)), key=lambda r: tuple(rows[r])):
+        length, same = len(rows[r]), 0
+        if before is not None:
+            shorter = min(length, len(rows[before]))
+            differ = np.asarray(rows[r][:shorter]) != np.asarray(rows[before][:shorter])
+            same = int(differ.argmax()) if differ.any() else shorter
+            node[r, :same] = node[before, :same]
+        node[r, same:length] = len(place) + np.arange(length - same)
+        place += range(r * width + same, r * width + length)
+        before = r
+    return node, np.asarray(place, np.int32)
 
 
 def bucket(length: int, least: int = 16) -> int:
@@ -132,13 +155,21 @@ def pad_rows(rows: Sequence[Sequence[int]], size: int, width: int) -> tuple[np.n
     return tokens, lengths
 
 
-def shape_of(packed: Sequence[Packed], n: int, more: int = 0) -> Shape:
-    """Of arrays that hold these, with `more` tokens behind the longest ending."""
+def shape_of(packed: Sequence[Packed], n: int, more: int = 0, family: int = 1) -> Shape:
+    """Of arrays that hold these, with `more` tokens behind the longest ending.
+
+    Args:
+      family: every so many of them, which have no blocks, are to be computed as a trie. They are, if it has fewer nodes
+        than they have tokens by half a row at least: so coarse, that few programs differ in nothing else.
+    """
     first, ending = max(len(p.first) for p in packed), max(len(e) for p in packed for e in p.endings)
     blocks = [block for p in packed for block in p.blocks]
     own = (bucket(ending) if ending else 0) + more
     if not blocks:
-        return Shape(n, bucket(first), own)
+        P = bucket(first)
+        families = [packed[k : k + family] for k in range(0, len(packed), family)] if family > 1 else []
+        nodes = max((-(-2 * len(trie([p.first for p in f], P)[1]) // P) * P // 2 for f in families), default=0)
+        return Shape(n, P, own, family=family, nodes=nodes) if nodes < family * P else Shape(n, P, own)
     return Shape(n, bucket(first), own, max(len(p.blocks) for p in packed), bucket(max(map(len, blocks))))
 
 
@@ -150,6 +181,7 @@ class Arrays(NamedTuple):
     rows: np.ndarray  # [B, n, W] endings and what follows
     row_lengths: np.ndarray  # [B, n]
     blocks: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # tokens [B, m, A], lengths [B, m], seen [B, n, m]
+    trie: tuple[np.ndarray, np.ndarray] | None  # node [B, P], place [B / t, U]
 
 
 def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Sequence[int]] | None = None) -> Arrays:
@@ -158,12 +190,18 @@ def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Seq
     Args:
       rows: endings and what follows them, of all Packed one after the other; None: the endings alone.
     """
-    B, (n, P, W, m, A) = len(packed), shape
+    B, (n, P, W, m, A, t, U) = len(packed), shape
     first, lengths = pad_rows([[] if p is None else p.first for p in packed], B, P)
     if rows is None:
         rows = [e for p in packed for e in ([[]] * n if p is None else p.endings)]
     tokens, row_lengths = pad_rows(rows, B * n, W)
-    blocks = None
+    blocks = tries = None
+    if t > 1:
+        node, place = np.zeros((B, P), np.int32), np.zeros((B // t, U), np.int32)
+        for at in range(0, B, t):
+            node[at : at + t], nodes = trie([[] if p is None else p.first for p in packed[at : at + t]], P)
+            place[at // t, : len(nodes)] = nodes
+        tries = node, place
     if m:
         each = [[] if p is None else p.blocks for p in packed]
         ids, block_lengths = pad_rows([b for bs in each for b in [*bs, *[[]] * (m - len(bs))]], B * m, A)
@@ -172,4 +210,4 @@ def pad_packed(packed: Sequence[Packed | None], shape: Shape, rows: Sequence[Seq
             for row, mine in enumerate([] if p is None else p.seen):
                 seen[at, row, : len(mine)] = mine
         blocks = ids.reshape(B, m, A), block_lengths.reshape(B, m), seen
-    return Arrays(first, np.maximum(lengths, 1), tokens.reshape(B, n, W), row_lengths.reshape(B, n), blocks)
+    return Arrays(first, np.maximum(lengths, 1), tokens.reshape(B, n, W), row_lengths.reshape(B, n), blocks, tries)

@@ -115,7 +115,10 @@ def cache_bytes(model_config: models.ModelConfig, call: Call) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a row of the layers' pass is: P tokens that n completions of T tokens share, and m blocks between them."""
+    """What a row of the layers' pass is: P tokens that n completions of T tokens share, and m blocks between them.
+
+    Of a trie every t rows compute U tokens for t P; attention is that of all rows.
+    """
 
     P: int
     n: int = 0
@@ -123,11 +126,18 @@ class Part:
     attention: str = "plain"  # of the ModelConfig
     m: int = 0
     A: int = 0
+    t: int = 1
+    U: int = 0
+
+    @property
+    def attending(self) -> int:
+        """Positions."""
+        return self.P + self.m * self.A + self.n * self.T
 
     @property
     def tokens(self) -> int:
-        """Positions."""
-        return self.P + self.m * self.A + self.n * self.T
+        """Of them those that are computed outside attention, on average of the rows of a trie."""
+        return self.attending - (self.P - -(-self.U // self.t) if self.t > 1 else 0)
 
     @property
     def blocks(self) -> bool:
@@ -148,9 +158,9 @@ def _computed(call: Call, attention: str) -> tuple[int, Part]:
     """Rows of the layers' pass of a call, of a sampler's the prompts computed together, and what a row is."""
     if call.slots is None:
         n = call.n if call.tokens else 0
-        return call.rows, Part(call.width, n, call.rest + call.tokens, attention, *call.blocks)
-    n, first, own, *blocks = call.slots.shared
-    return call.slots.computed // n, Part(first, n if own else 0, own, attention, *blocks)
+        return call.rows, Part(call.width, n, call.rest + call.tokens, attention, *call.blocks, *call.trie)
+    n, first, own, *more = call.slots.shared
+    return call.slots.computed // n, Part(first, n if own else 0, own, attention, *more)
 
 
 def _share_read(call: Call) -> float:
@@ -205,7 +215,7 @@ class Estimator:
         """Bytes of attention scores; of blocks, the float32 sums of keys' and values' gradients."""
         c, t = self.model, self._axis("tensor")
         if part.blocks:
-            return (4 if backward else 2) * rows * part.tokens * c.num_heads * c.head_dim // t * 4
+            return (4 if backward else 2) * rows * part.attending * c.num_heads * c.head_dim // t * 4
         return (3 if backward else 2) * rows * c.num_heads // t * int(part.scored) * 4
 
     def _gathered(self, gradients: bool) -> int:
@@ -264,6 +274,8 @@ class Estimator:
         rows, inputs = rows // self.row_shards, call.rows // self.row_shards
         temp = self._working(rows * part.tokens, False) + self._scores(rows, part, False) + self._gathered(False)
         temp += rows * part.tokens * self.model.hidden_size * 2 * self._b
+        copies = (2 * self.model.num_heads + 2 * self.model.num_kv_heads) * self.model.head_dim // self._axis("tensor")
+        temp += rows * (part.attending - part.tokens) * copies * self._b  # of a trie's nodes, for attention
         if call.program == "scorer":
             temp += self._logits()
         if call.slots is None:

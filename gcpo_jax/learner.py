@@ -185,13 +185,15 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     # In blocks a query's targets share it, as many as lie together in a micro-batch.
     together = math.gcd(len(targets) // len(exp.prompts), size // shards) * G if actor.blocked else 1
     if others:
-        alike = 1
+        alike, per_query = 1, len(others) // len(exp.prompts)
         if actor.blocked:
-            alike = len(others) // len(exp.prompts)
+            alike = per_query
         elif actor.config.algorithm.sampling == "shared":
             # The contexts of a target differ in the integrated output at their end alone.
             alike = len(others) // len(targets)
-        logp = actor.score([c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike)
+        logp = actor.score(
+            [c.ids for _, c in others], [candidate[m] for m, _ in others], T, alike=alike, per_query=per_query
+        )
         np.add.at(
             phi_rest,
             [m for m, _ in others],
@@ -220,7 +222,7 @@ def _kl_batch(actor: Actor, exp: Experience, T: int, several: bool) -> KlBatch:
     old = None
     if several:
         old = np.zeros((M, G, T), np.float32)
-        old[:real] = actor.score(prompts, replies, T, together).reshape(real, G, T)
+        old[:real] = actor.score(prompts, replies, T, alike=together).reshape(real, G, T)
     return KlBatch(
         row=row,
         weight=weight,

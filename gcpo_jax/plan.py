@@ -117,6 +117,9 @@ def compile_call(
     def between(B, n, m, A):
         return models.Blocks(ints(B, m, A), ints(B, m), ints(B, n, m, dtype=jnp.bool)) if m else None
 
+    def trie(B, P, family, nodes):
+        return models.Trie(ints(B, P), ints(B // family, nodes)) if family > 1 else None
+
     B, n = call.rows, call.n
     if call.program == "hidden":
         return compiled_bytes(scorer._last_hidden.lower(model_config, params, ints(B, call.width), ints(B)))
@@ -124,9 +127,11 @@ def compile_call(
     if call.slots is None:
         starts = ints(B, n) if call.rest else None
         blocks, own = between(B, n, *call.blocks), ints(B, n, call.rest + call.tokens)
-        given = scorer.Rows(ints(B, call.width), ints(B), blocks, own, starts, ints(B, n))
+        given = scorer.Rows(
+            ints(B, call.width), ints(B), blocks, own, starts, ints(B, n), trie(B, call.width, *call.trie)
+        )
         return compiled_bytes(scorer._row_logprobs.lower(model_config, params, given, call.tokens, temperature))
-    alike, first, own, *blocks = call.slots.shared
+    alike, first, own, *blocks, family, nodes = call.slots.shared
     G = B // alike
     prompts = slots.Prompts(
         ints(G, first),
@@ -134,6 +139,7 @@ def compile_call(
         ints(G, alike, own) if own else None,
         ints(G, alike) if own else None,
         between(G, alike, *blocks),
+        trie(G, first, family, nodes),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _place(key, one if layout is None else NamedSharding(layout.mesh, PartitionSpec()))

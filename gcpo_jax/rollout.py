@@ -72,8 +72,18 @@ class Actor:
         """Whether all contexts of a query share what stands in them (contexts.attention)."""
         return self.config.contexts.attention == "block"
 
-    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
-        """n completions of each prompt at the run's temperature, top-k and top-p; done, alike: see sampler.sample."""
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        max_new_tokens: int,
+        key,
+        done=None,
+        *,
+        alike: int = 1,
+        per_query: int = 1,
+    ) -> Samples:
+        """n completions of each prompt at the run's temperature, top-k and top-p; the rest: see sampler.sample."""
         rollout = self.config.rollout
         return sample(
             self.model_config,
@@ -89,10 +99,13 @@ class Actor:
             max_rows=rollout.max_rows,
             done=done,
             alike=alike,
+            per_query=per_query,
         )
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
-        """log π(completion | prompt) token by token, [R, width]; alike: see scorer.score."""
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, *, alike: int = 1, per_query: int = 1
+    ) -> np.ndarray:
+        """log π(completion | prompt) token by token, [R, width]; alike, per_query: see scorer.score."""
         rollout = self.config.rollout
         return scorer.score(
             self.model_config,
@@ -103,6 +116,7 @@ class Actor:
             temperature=rollout.temperature,
             max_rows=rollout.max_rows,
             alike=alike,
+            per_query=per_query,
         )
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
@@ -207,11 +221,11 @@ def _collect(actor: Actor, grading: tasks.Grading, rows, step: int, timers: Time
         if targets and a.correction != "zero":
             R = a.rollouts or n
             flat = [c.ids for t in targets for c in exp.contexts[t]]
-            alike = len(flat) // len(with_rollouts)
+            alike = per_query = len(flat) // len(with_rollouts)
             if not actor.blocked:
                 # With shared sampling the contexts of a target differ in the integrated output at their end alone.
                 alike = alike // n if a.sampling == "shared" else 1
-            outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike=alike).tokens)
+            outputs = iter(actor.sample(flat, R, M, keys["rollouts"], alike=alike, per_query=per_query).tokens)
             exp.rollouts = {t: [next(outputs) for _ in exp.contexts[t]] for t in targets}
     with timers("score"):
         if factor_groups:
@@ -250,7 +264,7 @@ def _integrate(actor, exp, order, needed, key) -> dict[int, _Listing]:
             exp.integrated[b] = outputs
     else:
         prompts = [actor.contexts.integrate(problem[b], lists[b].without(k)) for b in needed for k in range(n)]
-        outputs = actor.sample(prompts, 1, T, key, alike=n if actor.blocked else 1).tokens
+        outputs = actor.sample(prompts, 1, T, key, alike=n if actor.blocked else 1, per_query=n).tokens
         for at, b in enumerate(needed):
             exp.integrated[b] = [o[0] for o in outputs[at * n : (at + 1) * n]]
     return lists
@@ -308,37 +322,32 @@ def _causal_factors(actor, exp, lists, groups, M, rng) -> None:
     exp.upsilon[groups] = np.maximum(upsilon, 0.0) if a.clip_negative else upsilon
 
 
-def _total_logp(actor, prompts, replies, per_query: int) -> np.ndarray:
-    """log π(reply | prompt), equal pairs once where contexts do not share a query's blocks anyway."""
-    width = max(map(len, replies))
-    if actor.blocked:
-        return actor.score(prompts, replies, width, per_query).sum(axis=1)
-    pairs = [(tuple(p), tuple(r)) for p, r in zip(prompts, replies, strict=True)]
-    distinct = list(dict.fromkeys(pairs))
-    logp = actor.score([list(p) for p, _ in distinct], [list(r) for _, r in distinct], width)
-    total = dict(zip(distinct, logp.sum(axis=1), strict=True))
-    return np.array([total[pair] for pair in pairs], np.float32)
-
-
 _causal_factor = jax.jit(causal.causal_factor, static_argnames=("alpha", "similarity"))
 
 
 def _bayes(actor, exp, lists, groups) -> None:
     """E[z | x_i] as a reweighting of the candidates by how well each, in slot i, explains y_n."""
     n = actor.config.rollout.group_size
-    prompts, replies = [], []
+    prompts, replies, own = [], [], np.eye(n, dtype=bool)
     for b in groups:
         quoted, order = lists[b].quoted, lists[b].order
+        listed = actor.contexts.integrate(exp.rows[b]["problem"], lists[b].without())
+        prompts.append(listed)  # once, though it is every candidate's with itself in its slot
         for i in range(n):
-            listed = [[quoted[k] if m == i else quoted[m] for m in order] for k in range(n)]
+            swapped = [[quoted[k] if m == i else quoted[m] for m in order] for k in range(n)]
             exp.bayes_contexts[b, i] = [
-                actor.contexts.integrate(exp.rows[b]["problem"], [c for c in cs if c]) for cs in listed
+                listed if k == i else actor.contexts.integrate(exp.rows[b]["problem"], [c for c in cs if c])
+                for k, cs in enumerate(swapped)
             ]
-            prompts += exp.bayes_contexts[b, i]
-            replies += [exp.integrated[b][0]] * n
-    loglik = _total_logp(actor, prompts, replies, n * n)
+            prompts += [c for k, c in enumerate(exp.bayes_contexts[b, i]) if k != i]
+        replies += [exp.integrated[b][0]] * (n * (n - 1) + 1)
+    per_query = n * (n - 1) + 1
+    shared = {"alike": per_query} if actor.blocked else {"per_query": per_query}
+    total = actor.score(prompts, replies, max(map(len, replies)), **shared).sum(axis=1).reshape(len(groups), -1)
+    loglik = np.zeros((len(groups), n, n), np.float32)
+    loglik[:, own], loglik[:, ~own] = total[:, :1], total[:, 1:]
     lengths = np.array([len(exp.integrated[b][0]) for b in groups], np.float32)
-    weights, effective = causal.bayes_weights(loglik.reshape(len(groups), n, n), lengths)
+    weights, effective = causal.bayes_weights(loglik, lengths)
     exp.z_x[groups] = np.einsum("bik,bkd->bid", np.asarray(weights), exp.z[groups])
     exp.z_phi[groups] = exp.z[groups].mean(1, keepdims=True)  # Φ of the above, were the weights untempered
     exp.effective_samples = float(np.mean(np.asarray(effective)))

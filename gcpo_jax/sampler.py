@@ -23,8 +23,8 @@ from gcpo_jax.batching import (
     largest_share,
     pack,
     pad_packed,
-    pad_rows,
     shape_of,
+    whole,
 )
 from gcpo_jax.partition import fetch, put_rows
 
@@ -95,6 +95,7 @@ def sample(
     max_rows: int = 512,
     index: Sequence[int] | None = None,
     alike: int = 1,
+    per_query: int = 1,
     done: Callable[[int, list[list[int]]], None] | None = None,
 ) -> Samples:
     """As generate, with a key. Up to `max_rows` rows run at once, and as one ends the next begins.
@@ -102,6 +103,8 @@ def sample(
     Args:
       index: what stands for each prompt's index in its noise; by default its place in the list.
       alike: every so many prompts begin alike, or are of one query in blocks: what they share is computed once.
+      per_query: every so many prompts, a multiple of alike, are of one query: beginnings that some of them share are
+        computed once, for as many prompts as run at once.
       done: is told each prompt's place in the list and its n completions, while other device calls go on.
     """
     _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows)
@@ -111,22 +114,20 @@ def sample(
     layout = model_config.layout
     shards = 1 if layout is None else layout.row_shards
     index = range(len(prompts)) if index is None else index
-    packed = pack_alike(prompts, alike, max(1, max_rows // n))
-    alike = len(prompts) // max(1, len(packed))
-    for groups, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, packed):
-        # Every shard has its part of the prompts, and none has two more than another; those alike lie together.
-        placed = np.full((shards, call.prompts // shards // alike), -1)
-        placed.T.flat[: len(groups)] = groups
-        entries = placed.ravel().tolist()
-        rows = [g * alike + k if g >= 0 else -1 for g in entries for k in range(alike)]
+    families = arrange(prompts, n, max_rows, shards, alike, per_query)
+    for numbers, call in calls([len(p) for p in prompts], n, max_new_tokens, max_rows, shards, families):
+        # Every shard has its part of the prompts, and none has two more than another; a family lies together.
+        size, packed = len(prompts) // len(families), len(families[0])
+        placed = np.full((shards, call.prompts // shards // size), -1)
+        placed.T.flat[: len(numbers)] = numbers
+        order = placed.ravel().tolist()
+        rows = [f * size + k if f >= 0 else -1 for f in order for k in range(size)]
         called = [prompts[r] if r >= 0 else [0] for r in rows]
-        if call.shared.own:
-            arrays = pad_packed([packed[g] if g >= 0 else None for g in entries], call.shared)
-            blocks = None if arrays.blocks is None else models.Blocks(*arrays.blocks)
-            row_lengths = np.maximum(arrays.row_lengths, 1)
-            given = slots.Prompts(arrays.first, arrays.lengths, arrays.rows, row_lengths, blocks)
-        else:
-            given = slots.Prompts(*pad_rows([list(p) for p in called], call.prompts, call.width), None, None, None)
+        arrays = pad_packed([p for f in order for p in (families[f] if f >= 0 else [None] * packed)], call.shared)
+        blocks = None if arrays.blocks is None else models.Blocks(*arrays.blocks)
+        endings = (arrays.rows, np.maximum(arrays.row_lengths, 1)) if call.shared.own else (None, None)
+        trie = None if arrays.trie is None else models.Trie(*arrays.trie)
+        given = slots.Prompts(arrays.first, arrays.lengths, *endings, blocks, trie)
         lengths = np.array([len(p) for p in called], np.int32)
         end = np.array([p.end if isinstance(p, InBlocks) else len(p) for p in called], np.int32)
         number = np.array([index[r] if r >= 0 else 0 for r in rows], np.int32)
@@ -168,50 +169,63 @@ class Call(NamedTuple):
     together: int  # m
     lanes: int  # B
     computed: int  # F
-    shared: Shape  # of what is computed; own = 0: prompts share nothing
+    shared: Shape  # of what is computed; own = 0: every prompt is a first part
 
 
 def calls(
-    lengths: Sequence[int], n: int, max_new_tokens: int, max_rows: int, shards: int, packed: Sequence[Packed]
+    lengths: Sequence[int],
+    n: int,
+    max_new_tokens: int,
+    max_rows: int,
+    shards: int,
+    families: Sequence[Sequence[Packed]],
 ) -> Iterator[tuple[list[int], Call]]:
-    """The device calls for prompts of these lengths, longest first: which of `packed`, and shapes.
+    """The device calls for prompts of these lengths, longest first: which families, and shapes.
 
     A call ends where prompts get half as long and it has enough of them to fill its lanes.
 
     Args:
-      packed: each of len(lengths) / len(packed) prompts.
+      families: as arrange returns them.
     """
-    alike = len(lengths) // max(1, len(packed))
-    longest = [max(lengths[g * alike : (g + 1) * alike]) for g in range(len(packed))]
-    order = sorted(range(len(packed)), key=lambda g: -longest[g])
+    size = len(lengths) // len(families) if families else 1
+    longest = [max(lengths[k : k + size]) for k in range(0, len(lengths), size)]
+    order = sorted(range(len(longest)), key=lambda f: -longest[f])
     while order:
         first = longest[order[0]]
-        ends = (k for k, g in enumerate(order) if k * alike * n >= max_rows and 2 * longest[g] <= first)
+        ends = (k for k, f in enumerate(order) if k * size * n >= max_rows and 2 * longest[f] <= first)
         end = next(ends, len(order))
-        groups, order = order[:end], order[end:]
-        prompts = count_bucket(-(-len(groups) // shards)) * shards * alike
+        numbers, order = order[:end], order[end:]
+        prompts = count_bucket(-(-len(numbers) // shards)) * shards * size
         width = bucket(first)
         # Rows of one prompt share its keys where all run at once or where its keys outweigh their own. In lanes of
         # their own they need not wait for each other.
         share = prompts * n <= max_rows or width >= max_new_tokens
         together = largest_share(n, max_rows // shards) if share else 1
         lanes = max(1, min(prompts * n, max_rows) // (together * shards)) * shards
-        unit = shards * alike
+        unit = shards * size
         computed = min(prompts, -(-lanes * together // (n * unit)) * unit)
-        called = [packed[g] for g in groups]
-        shared = shape_of(called, alike) if called[0].first else Shape(1, width, 0)
-        yield groups, Call(prompts, width, together, lanes, computed, shared)
+        called = [packed for f in numbers for packed in families[f]]
+        shared = shape_of(called, size // len(families[0]), family=len(families[0]))
+        yield numbers, Call(prompts, width, together, lanes, computed, shared)
 
 
-def pack_alike(prompts: Sequence[Prompt], alike: int, limit: int) -> list[Packed]:
-    """What every so many prompts share: `alike` of them, in blocks the most that divide it and are within `limit`.
+def arrange(
+    prompts: Sequence[Prompt], n: int, max_rows: int, shards: int = 1, alike: int = 1, per_query: int = 1
+) -> list[list[Packed]]:
+    """Families of prompts that are computed together, all of equally many.
 
-    Each by itself where some begin differently.
+    A family's are of one query, as many as divide its number and run at once, and what they begin with is a trie. Each
+    Packed of it has `alike` of them, or one, where some of those begin differently. In blocks a family is one Packed.
     """
+    at_once = max(1, max_rows // n)
     if prompts and isinstance(prompts[0], InBlocks):
-        alike = largest_share(alike, limit)
-    packed = [pack(prompts[k : k + alike]) for k in range(0, len(prompts), alike)]
-    return packed if alike == 1 or all(p.first for p in packed) else [pack([p]) for p in prompts]
+        alike = largest_share(alike, at_once)
+        return [[pack(prompts[k : k + alike])] for k in range(0, len(prompts), alike)]
+    packed = [pack(prompts[k : k + alike]) for k in range(0, len(prompts), alike)] if alike > 1 else []
+    if not packed or not all(p.first for p in packed):
+        alike, packed = 1, [whole(list(prompt)) for prompt in prompts]
+    size = largest_share(max(1, per_query // alike), max(1, at_once // shards // alike))
+    return [packed[k : k + size] for k in range(0, len(packed), size)]
 
 
 def _check(model_config, prompts, n, max_new_tokens, temperature, top_k, top_p, max_rows) -> None:

@@ -66,6 +66,7 @@ class Rows(NamedTuple):
     rows: Any  # [B, n, W]
     starts: Any | None  # [B, n]; None: a row is a completion, and no prompt has blocks
     lengths: Any  # [B, n] of the completions
+    trie: models.Trie | None = None  # of every t prompts
 
 
 def row_logprobs(
@@ -80,12 +81,10 @@ def row_logprobs(
 
     So prompts that only begin alike share what they have in common. With blocks, no gradient flows through them.
     """
+    given = rows.prompts, rows.prompt_lengths, rows.rows
+    hidden = models.encode_shared(model_config, params, *given, remat, rows.blocks, rows.trie)
     if rows.starts is None:
-        given = rows.prompts, rows.prompt_lengths, rows.rows, rows.lengths
-        return completion_logprobs(model_config, params, *given, temperature, remat)[0]
-    hidden = models.encode_shared(
-        model_config, params, rows.prompts, rows.prompt_lengths, rows.rows, remat, rows.blocks
-    )
+        return _logprobs(model_config, params, hidden, rows.rows, rows.lengths, temperature)[0]
     columns = jnp.minimum(rows.starts[..., None] + jnp.arange(width)[None, None], rows.rows.shape[2] - 1)
     hidden = jnp.take_along_axis(hidden, columns[..., None], axis=2)
     targets = jnp.take_along_axis(rows.rows, columns, axis=2)
@@ -145,12 +144,16 @@ def score(
     temperature: float = 1.0,
     max_rows: int = 512,
     alike: int = 1,
+    per_query: int = 1,
 ) -> Float[np.ndarray, "R T"]:
     """log π(completion | prompt) token by token, [R, width] float32, 0 beyond each completion.
 
     Args:
       alike: every so many prompts begin alike, or are of one query in blocks: what they share is computed once. Where
         some have no first token in common, each is computed by itself.
+
+      per_query: every so many prompts, a multiple of alike, are of one query: beginnings that some of them share are
+        computed once, for as many prompts as run at once.
 
     Raises:
       ValueError: for an empty prompt, a completion of more than `width` tokens, or a temperature of 0.
@@ -162,7 +165,8 @@ def score(
     result = np.zeros((len(prompts), width), np.float32)
     running = []
     layout = model_config.layout
-    for entries, call in calls(prompts, completions, max_rows, 1 if layout is None else layout.row_shards, alike):
+    shards = 1 if layout is None else layout.row_shards
+    for entries, call in calls(prompts, completions, max_rows, shards, alike, per_query):
         inputs = put_rows(layout, pad(entries, completions, call))
         logp = _row_logprobs(model_config, params, *inputs, call.tokens, float(temperature))
         running.append(([r for entry in entries for r in entry.rows], logp))
@@ -193,17 +197,22 @@ def calls(
     max_rows: int,
     shards: int = 1,
     alike: int = 1,
+    per_query: int = 1,
 ) -> Iterator[tuple[list[Entry], Call]]:
     """The device calls for these rows: which rows share a prompt or a part of it, and the shapes.
 
     Where every prompt has equally many completions, as a group's candidates, they share its computation.
     """
     entries, n = _entries(prompts, max_rows // shards, alike)
-    longest = [max(len(prompts[r]) + len(completions[r]) for r in e.rows) for e in entries]
-    for part, size in chunks(longest, max(1, max_rows // n), shards):
-        called = [entries[k] for k in part]
+    blocked = any(isinstance(p, InBlocks) for p in prompts[:1])
+    family = 1 if blocked else largest_share(max(1, per_query // n), max(1, max_rows // shards // n))
+    families = [entries[k : k + family] for k in range(0, len(entries), family)]
+    longest = [max(len(prompts[r]) + len(completions[r]) for e in f for r in e.rows) for f in families]
+    for part, size in chunks(longest, max(1, max_rows // (n * family)), shards):
+        called = [entry for k in part for entry in families[k]]
         tokens = bucket(max(1, *(len(completions[r]) for e in called for r in e.rows)))
-        yield called, Call(size, shape_of([e.packed for e in called], n, tokens), tokens)
+        shape = shape_of([e.packed for e in called], n, tokens, family)
+        yield called, Call(size * family, shape, tokens)
 
 
 def pad(entries: Sequence[Entry], completions: Sequence[Sequence[int]], call: Call) -> Rows:
@@ -217,7 +226,8 @@ def pad(entries: Sequence[Entry], completions: Sequence[Sequence[int]], call: Ca
     blocks = None if arrays.blocks is None else models.Blocks(*arrays.blocks)
     lengths = arrays.row_lengths - starts
     within = None if call.shape.own == call.tokens else starts
-    return Rows(arrays.first, arrays.lengths, blocks, arrays.rows, within, lengths)
+    trie = None if arrays.trie is None else models.Trie(*arrays.trie)
+    return Rows(arrays.first, arrays.lengths, blocks, arrays.rows, within, lengths, trie)
 
 
 def _entries(prompts: Sequence[Prompt], limit: int, alike: int) -> tuple[list[Entry], int]:

@@ -52,6 +52,7 @@ class Prompts(NamedTuple):
     rows: Any | None  # [B, n, W] what is left of each
     row_lengths: Any | None  # [B, n]
     blocks: models.Blocks | None  # between these
+    trie: models.Trie | None = None  # of what every t of the B begin with
 
 
 class Queue(NamedTuple):
@@ -101,9 +102,9 @@ def _over_shards(shards: int, function: Callable, axes_in: tuple, axes_out) -> C
 def _prefill(c: models.ModelConfig, params: dict, prompts: Prompts, width: int) -> tuple[jax.Array, models.Cache]:
     """Last hidden states [F, D] and cache of prompts."""
     if prompts.rows is None or prompts.row_lengths is None:
-        return models.prefill(c, params, prompts.first, prompts.lengths)
+        return models.prefill(c, params, prompts.first, prompts.lengths, prompts.trie)
     rows = prompts.rows, prompts.row_lengths
-    return models.prefill_shared(c, params, prompts.first, prompts.lengths, *rows, width, prompts.blocks)
+    return models.prefill_shared(c, params, prompts.first, prompts.lengths, *rows, width, prompts.blocks, prompts.trie)
 
 
 @functools.partial(

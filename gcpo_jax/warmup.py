@@ -90,18 +90,18 @@ class Watched(rollout.Actor):
     begin: Callable[[list[Samples]], None]
     sampled: list[Samples] = dataclasses.field(default_factory=list)
 
-    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, **shared: int) -> Samples:
         """As its parent."""
         # Candidates and, for the contexts of KL', integrated outputs.
         if len(self.sampled) == (2 if self.config.algorithm.kappa > 0 else 1):
             self.begin(self.sampled)
-        self.sampled.append(super().sample(prompts, n, max_new_tokens, key, done, alike))
+        self.sampled.append(super().sample(prompts, n, max_new_tokens, key, done, **shared))
         return self.sampled[-1]
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, **shared: int) -> np.ndarray:
         """As its parent."""
         self.begin(self.sampled)
-        return super().score(prompts, completions, width, alike)
+        return super().score(prompts, completions, width, **shared)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:
         """As its parent."""
@@ -115,14 +115,14 @@ class _Replay(rollout.Actor):
 
     sampled: list[Samples]
 
-    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, **shared: int) -> Samples:
         samples = self.sampled.pop(0)
         if done is not None:
             for b, group in enumerate(samples.tokens):
                 done(b, group)
         return samples
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, **shared: int) -> np.ndarray:
         return np.zeros((len(prompts), width), np.float32)
 
 

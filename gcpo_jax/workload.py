@@ -36,6 +36,7 @@ class Call:
     tokens: int = 0  # T, the most that are generated, or the padded completion that is scored
     rest: int = 0  # of the scorer: padded tokens between what prompts share and the completion
     blocks: tuple[int, int] = (0, 0)  # of the scorer: those between prompt and rest, and their padded tokens
+    trie: tuple[int, int] = (1, 0)  # of the scorer: prompts of which each has one, and its nodes
     steps: int = 0  # decoded until the longest row ended
     slots: sampler.Call | None = None  # of the sampler
 
@@ -59,7 +60,7 @@ class Contexts(ContextBuilder):
         if self.settings.attention == "block":
             blocks = [[k, *[0] * (HEADING_TOKENS - 1 + len(c))] for k, c in enumerate(candidates)]
             return InBlocks(first, blocks, [0] * FRAME_TOKENS)
-        return first + [0] * (FRAME_TOKENS + sum(HEADING_TOKENS + len(c) for c in candidates))
+        return first + [t for c in candidates for t in (*[0] * HEADING_TOKENS, *c)] + [0] * FRAME_TOKENS
 
     def leave_one_out(self, problem: str, others: Sequence[Ids], integrated: Ids) -> Ids | InBlocks:
         """The query, the other candidates and an integrated output, with which it differs from every other context."""
@@ -102,29 +103,31 @@ class _Recorder(rollout.Actor):
     def _note(self, program: str, **shapes) -> None:
         self.calls.append(Call(self.phases.now, program, **shapes))
 
-    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, alike: int = 1) -> Samples:
+    def sample(self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, key, done=None, **shared: int) -> Samples:
         size = (len(prompts), n)
         lengths = np.full(size, max_new_tokens)
         if self.mean is not None:
             lengths = np.minimum(self.rng.integers(1, 2 * self.mean, size), max_new_tokens)
         at_once = self.config.rollout.max_rows
-        packed = sampler.pack_alike(prompts, alike, max(1, at_once // n))
-        planned = sampler.calls([len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, packed)
-        for groups, call in planned:
-            rows = lengths.reshape(len(packed), -1)[groups].reshape(-1, call.together)
+        families = sampler.arrange(prompts, n, at_once, self._shards, **shared)
+        for numbers, call in sampler.calls(
+            [len(p) for p in prompts], n, max_new_tokens, at_once, self._shards, families
+        ):
+            rows = lengths.reshape(len(families), -1)[numbers].reshape(-1, call.together)
             shapes = {"rows": call.prompts, "width": call.width, "n": n, "tokens": max_new_tokens}
             self._note("sampler", **shapes, steps=_steps(rows.max(axis=1), call.lanes), slots=call)
-        tokens = [[[0] * int(t) for t in row] for row in lengths]
+        tokens = [[[k] * int(t) for k, t in enumerate(row)] for row in lengths]  # no two of a prompt are equal
         for b, group in enumerate(tokens):
             if done is not None:
                 done(b, group)
         return Samples(tokens, [])
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, alike: int = 1) -> np.ndarray:
-        for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards, alike):
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Ids], width: int, **shared: int) -> np.ndarray:
+        for _, call in scorer.calls(prompts, completions, self.config.rollout.max_rows, self._shards, **shared):
             shape = call.shape
             shapes = {"rows": call.prompts, "width": shape.first, "n": shape.n, "tokens": call.tokens}
-            self._note("scorer", **shapes, rest=shape.own - call.tokens, blocks=(shape.blocks, shape.block))
+            shapes |= {"blocks": (shape.blocks, shape.block), "trie": (shape.family, shape.nodes)}
+            self._note("scorer", **shapes, rest=shape.own - call.tokens)
         return np.zeros((len(prompts), width), np.float32)
 
     def last_hidden(self, sequences: Sequence[Ids]) -> np.ndarray:

@@ -15,6 +15,7 @@ from gcpo_jax.models.qwen import (
     turn_to,
     unembed,
 )
+from gcpo_jax.models.trie import Trie
 
 __all__ = [
     "Blocks",
@@ -22,6 +23,7 @@ __all__ = [
     "Caches",
     "ModelConfig",
     "ModelError",
+    "Trie",
     "by_layer",
     "check_weights",
     "constrain",

@@ -28,22 +28,34 @@ from gcpo_jax.models.qwen import (
     shared_columns,
     turn_to,
 )
+from gcpo_jax.models.trie import Trie, as_nodes, as_tokens
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values
 Caches = Cache | tuple[Cache, ...]  # of layers stacked, or by layer
 
 
 def prefill(
-    model_config: ModelConfig, params: Params, tokens: Int[Array, "B P"], lengths: Int[Array, " B"]
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    trie: Trie | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A]."""
+    """The hidden state of each prompt's last token and the prompt cache, keys and values [L, B, K, P, A].
+
+    Args:
+      trie: as in encode_shared.
+    """
 
     def attend(q, k, v):
-        return kernels.causal(model_config, q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        q, k, v = (as_tokens(trie, x) for x in (q, k, v))
+        heads = kernels.causal(model_config, q, k, v)
+        return as_nodes(trie, heads), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    hidden, cache = run_layers(model_config, params, tokens, places(tokens), attend)
+    computed = as_nodes(trie, tokens), as_nodes(trie, places(tokens))
+    hidden, cache = run_layers(model_config, params, *computed, attend)
     cache = constrain(model_config, cache, "prompt_cache")
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+    return jnp.take_along_axis(as_tokens(trie, hidden), (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
 def prefill_shared(
@@ -55,16 +67,17 @@ def prefill_shared(
     row_lengths: Int[Array, "B n"],
     width: int,
     blocks: Blocks | None = None,
+    trie: Trie | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
     """As prefill, of b = B n prompts: rows that follow what every n of them share, which is computed once.
 
     Args:
       row_lengths: at least 1.
       width: of the caches, no less than any prompt's tokens.
-      blocks: as in encode_shared.
+      blocks, trie: as in encode_shared.
     """
     B, n, W = rows.shape
-    _, hidden, cache = run_shared(model_config, params, prompts, lengths, rows, "none", blocks, keep_cache=True)
+    _, hidden, cache = run_shared(model_config, params, prompts, lengths, rows, "none", blocks, trie, keep_cache=True)
     last = jnp.take_along_axis(hidden, (row_lengths - 1)[..., None, None], axis=2)
 
     # Of all columns those that are a prompt's come first, in their order; keys know their positions.

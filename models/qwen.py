@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
+from gcpo_jax.models.trie import Trie, as_nodes, as_tokens
 
 Params = dict[str, Any]
 
@@ -287,22 +288,25 @@ def run_shared(
     rows,
     remat: str,
     blocks: Blocks | None = None,
+    trie: Trie | None = None,
     keep_cache: bool = False,
 ):
     """Of prompts[B, P] and the rows[B, n, T] that follow each: hidden states [B, P, D] and [B, n, T, D].
 
     And, if asked for, keys and values [L, B, K, P + m A + n T, A] of prompt, blocks and rows.
     With blocks a row stands behind the longest that it sees. No gradient then flows through them and the prompt.
+    With a trie, of prompts without blocks, each of its nodes is computed once.
     """
     B, n, T = rows.shape
+    groups, U = prompts.shape if trie is None else trie.place.shape
     P, m, A = prompts.shape[1], *((0, 0) if blocks is None else blocks.tokens.shape[1:])
     in_prompt, seen = shared_columns(P, lengths, None), shared_columns(P, lengths, blocks)
     starts = jnp.broadcast_to(lengths[:, None], (B, n))
-    tokens, positions = [prompts], [places(prompts)]
+    tokens, positions = [as_nodes(trie, prompts)], [as_nodes(trie, places(prompts))]
 
     def place(more, starts):
-        tokens.append(more.reshape(B, -1))
-        positions.append((starts[..., None] + jnp.arange(more.shape[2])[None, None]).reshape(B, -1))
+        tokens.append(more.reshape(groups, -1))
+        positions.append((starts[..., None] + jnp.arange(more.shape[2])[None, None]).reshape(groups, -1))
 
     if blocks is not None:
         place(blocks.tokens, jnp.broadcast_to(lengths[:, None], (B, m)))
@@ -310,10 +314,10 @@ def run_shared(
     place(rows, starts)
 
     def parts(x):
-        between = P + m * A
+        between = U + m * A
         return (
-            x[:, :P],
-            x[:, P:between].reshape(B, m, A, *x.shape[2:]),
+            as_tokens(trie, x[:, :U]),
+            x[:, U:between].reshape(B, m, A, *x.shape[2:]),
             x[:, between:].reshape(B, n, T, *x.shape[2:]),
         )
 
@@ -326,8 +330,16 @@ def run_shared(
             middle = kernels.shared(c, q_block, k_block, v_block, k_first, v_first, in_prompt)
             context = (jax.lax.stop_gradient(x[:, : P + m * A]) for x in (k, v))
             heads = [first, middle, kernels.shared(c, q_own, k_own, v_own, *context, seen)]
-        heads = jnp.concatenate([x.reshape(B, -1, *q.shape[2:]) for x in heads], axis=1)
-        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+        heads[0] = as_nodes(trie, heads[0])
+        heads = jnp.concatenate([x.reshape(groups, -1, *q.shape[2:]) for x in heads], axis=1)
+        if not keep_cache:
+            return heads, None
+        if trie is not None:
+            k, v = (
+                jnp.concatenate([first, own.reshape(B, -1, *own.shape[3:])], axis=1)
+                for first, own in ((k_first, k_own), (v_first, v_own))
+            )
+        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     everything, where = (jnp.concatenate(x, axis=1) for x in (tokens, positions))
     hidden, cache = run_layers(c, params, everything, where, attend, remat)
@@ -343,6 +355,7 @@ def encode_shared(
     rows: Int[Array, "B n T"],
     remat: str = "none",
     blocks: Blocks | None = None,
+    trie: Trie | None = None,
 ) -> Float[Array, "B n T D"]:
     """The hidden states that predict each row's tokens, with the prompt computed once for the n rows that follow it.
 
@@ -354,8 +367,9 @@ def encode_shared(
       remat: as in encode.
       blocks: between the prompt and the rows, which see some of them (InBlocks). Column 0 then means nothing, and no
         gradient flows through what stands before the rows.
+      trie: what prompts have in common, of prompts without blocks. It changes no result.
     """
-    prompt, own, _ = run_shared(model_config, params, prompts, lengths, rows, remat, blocks)
+    prompt, own, _ = run_shared(model_config, params, prompts, lengths, rows, remat, blocks, trie)
     last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
     first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[3]))
     return jnp.concatenate([first, own[:, :, :-1]], axis=2)

@@ -125,13 +125,17 @@ def ragged(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Co
 
 
 def shared(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
-    """2 prompts of 8 times the length of their 16 completions, computed once and computed 16 times."""
+    """2 prompts of 8 times the length of their 16 completions, computed once and computed 16 times; and contexts.
+
+    Those are 8 of each of 2 queries, a prompt and 7 of its 8 candidates of 64 tokens each.
+    """
     cases = {}
     for shape in args.shapes:
         spec = {"directory": write_model(scratch, shape), "model": MODELS[shape], "end_ids": never(shape), "seed": 0}
         spec |= {"prompts": 2, "samples": 16, "prompt_tokens": 512, "new_tokens": 64}
         for part in args.parts:
-            one, each = (spec | {"work": part, "together": together} for together in (True, False))
+            sizes = {"samples": 8, "prompt_tokens": 64} if part == "contexts" else {}
+            one, each = (spec | sizes | {"work": part, "together": together} for together in (True, False))
             cases[f"{shape}, {part}"] = [ours("one copy", one), ours("a copy each", each)]
     return cases
 
@@ -306,7 +310,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "step":
             sub.add_argument("--beta", type=float, default=0.0, help="weight of the KL to a reference; TRL's own is 0")
         if name == "shared":
-            parts = ["prefill", "score", "gradient"]
+            parts = ["prefill", "score", "gradient", "contexts"]
             sub.add_argument("--parts", nargs="+", default=parts, choices=parts)
         if name == "gcpo":
             sub.add_argument("--cases", nargs="+", default=["paper", "tiny", "smollm2"])

@@ -240,15 +240,15 @@ def test_a_kernel_scores_the_same_and_has_the_same_gradient(kernel, monkeypatch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, expected)
 
 
-def run(tmp_path, preset, **algorithm):
-    """One step of a preset with contexts in blocks: (actor, experience, batch, gradient, details)."""
+def run(tmp_path, preset, attention="block", **algorithm):
+    """One step of a preset: (actor, experience, batch, gradient, details)."""
     path = micro_model.write(tmp_path / "model", chat=False)
     config = config_lib.Config(
         model=config_lib.Model(path=str(path)),
         rollout=config_lib.Rollout(
             queries=3, group_size=3, max_prompt_tokens=16, max_new_tokens=9, temperature=0.8, max_rows=20
         ),
-        contexts=config_lib.Contexts(cap=5, attention="block"),
+        contexts=config_lib.Contexts(cap=5, attention=attention),
         algorithm=dataclasses.replace(config_lib.preset(preset), **algorithm),
         learner=config_lib.Learner(micro_batch=6, updates_per_batch=2),
     )
@@ -292,13 +292,20 @@ def test_a_step_is_made_of_each_context_by_itself(tmp_path, preset):
     assert max(np.abs(x).max() for x in jax.tree.leaves(gradient)) > 1e-2
 
 
-def test_the_likelihoods_of_bayes_are_those_of_each_context_by_itself(tmp_path):
-    actor, exp, *_ = run(tmp_path, "gcpo_bayes")
+@pytest.mark.parametrize("attention", ["block", "causal"])
+def test_the_likelihoods_of_bayes_are_those_of_each_context_by_itself(tmp_path, attention):
+    actor, exp, *_ = run(tmp_path, "gcpo_bayes", attention)
     assert exp.active.any()
+
+    def by_itself(x, u):
+        if attention == "block":
+            return alone(actor.model_config, actor.params, x, u, 0.8)
+        return scorer.score(actor.model_config, actor.params, [x], [u], width=len(u), temperature=0.8)[0]
+
     for b in np.nonzero(exp.active)[0]:
         u = exp.integrated[b][0]
         for i in range(3):
-            each = [alone(actor.model_config, actor.params, x, u, 0.8) for x in exp.bayes_contexts[b, i]]
+            each = [by_itself(x, u) for x in exp.bayes_contexts[b, i]]
             weights = np.exp(np.array([x.mean() for x in each]))
             np.testing.assert_allclose(exp.z_x[b, i], weights / weights.sum() @ exp.z[b], atol=1e-4)
 

@@ -110,10 +110,19 @@ def test_cache_bytes_are_those_that_sampling_allocates(mesh):
 
 
 def shapes(calls) -> collections.Counter:
-    def blocks(call):
-        return call.blocks if call.slots is None else tuple(call.slots.shared[3:])
+    def parts(call):
+        return (*call.blocks, *call.trie) if call.slots is None else call.slots.shared[3:]
 
-    return collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest, blocks(k)) for k in calls)
+    return collections.Counter((k.program, (k.rows, k.width), k.n, k.tokens, k.rest, parts(k)) for k in calls)
+
+
+def parts_of(given) -> tuple[int, int, int, int]:
+    """Blocks and their tokens, prompts of a trie and its nodes, of a program's prompts."""
+    blocks = (0, 0) if given.blocks is None else given.blocks.tokens.shape[1:]
+    if given.trie is None:
+        return (*blocks, 1, 0)
+    groups, nodes = given.trie.place.shape
+    return (*blocks, len(given.trie.node) // groups, nodes)
 
 
 @pytest.mark.parametrize(
@@ -128,22 +137,21 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, attention, monkeypa
     made = collections.Counter()
 
     def sampled(model_config, params, prompts, lengths, end, index, real, key, *, n, max_new_tokens, width, **_):
-        blocks = (0, 0) if prompts.blocks is None else prompts.blocks.tokens.shape[1:]
-        made["sampler", (len(lengths), width), n, max_new_tokens, 0, blocks] += 1
+        made["sampler", (len(lengths), width), n, max_new_tokens, 0, parts_of(prompts)] += 1
         size = (len(lengths), n)
         return (
-            np.zeros((*size, max_new_tokens), np.int32),
+            np.broadcast_to(np.arange(n, dtype=np.int32)[:, None], (*size, max_new_tokens)),
             np.zeros((*size, max_new_tokens)),
             np.full(size, max_new_tokens),
         )
 
     def scored(model_config, params, rows, width, temperature):
-        blocks = (0, 0) if rows.blocks is None else rows.blocks.tokens.shape[1:]
-        made["scorer", rows.prompts.shape, rows.rows.shape[1], width, rows.rows.shape[2] - width, blocks] += 1
+        rest = rows.rows.shape[2] - width
+        made["scorer", rows.prompts.shape, rows.rows.shape[1], width, rest, parts_of(rows)] += 1
         return np.zeros((*rows.lengths.shape, width), np.float32)
 
     def hidden(model_config, params, tokens, lengths):
-        made["hidden", tokens.shape, 1, 0, 0, (0, 0)] += 1
+        made["hidden", tokens.shape, 1, 0, 0, (0, 0, 1, 0)] += 1
         return np.ones((len(tokens), model_config.hidden_size), np.float32)
 
     monkeypatch.setattr(slots, "run", sampled)
@@ -158,7 +166,8 @@ def test_the_calls_are_those_that_a_real_actor_makes(preset, attention, monkeypa
     batch = learner.make_batch(actor, {"a": 1}, exp)
     calls, planned = workload.step(c, model)
     assert any(k.rest for k in calls) == (preset != "gcpo")
-    assert shapes(calls) == made and any(blocks != (0, 0) for *_, blocks in made) == (attention == "block")
+    assert shapes(calls) == made and any(m for *_, (m, *_) in made) == (attention == "block")
+    assert any(nodes for *_, (*_, nodes) in made) == (attention == "causal")
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), batch, planned)
 
     made.clear()

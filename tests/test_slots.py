@@ -87,7 +87,7 @@ def test_an_index_of_ones_own_stands_for_the_place_in_the_list(params):
 
 def test_calls_have_every_prompt_once_and_shapes_that_hold_them():
     lengths = [5] * 100 + [700] * 3 + [90] * 40
-    found = list(sampler.calls(lengths, 4, 64, 32, 2, [batching.pack([[0]])] * 143))
+    found = list(sampler.calls(lengths, 4, 64, 32, 2, [[batching.whole([0])]] * 143))
     assert sorted(r for rows, _ in found for r in rows) == list(range(143))
     for rows, call in found:
         assert call.width >= max(lengths[r] for r in rows) and call.prompts >= len(rows)

@@ -82,7 +82,7 @@ def decode(spec: dict[str, Any]):
 class Drawn(rollout.Actor):
     """An actor whose candidates come out of a hat, since only what is done with them is timed."""
 
-    def sample(self, prompts, n, max_new_tokens, key, done=None, alike=1) -> Samples:
+    def sample(self, prompts, n, max_new_tokens, key, done=None, **shared: int) -> Samples:
         """Uniform tokens."""
         size = (len(prompts), n, max_new_tokens)
         tokens = np.random.default_rng(0).integers(1, self.model_config.vocab_size, size).tolist()

@@ -1,4 +1,4 @@
-"""What sharing a prompt saves: each part's work with one copy of a prompt for its n rows, and with n copies."""
+"""What sharing saves: one copy of a prompt for its n rows against n copies; contexts as a trie against each whole."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import worker
 
-from gcpo_jax import models, scorer
+from gcpo_jax import batching, models, scorer
 
 
 def prefill(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
@@ -20,6 +20,26 @@ def prefill(spec: dict[str, Any], model_config: models.ModelConfig, params: dict
     def work(_: int) -> dict[str, Any]:
         jax.block_until_ready(run(model_config, params, tokens, lengths))
         return {"tokens": tokens.size // copies * spec["samples"]}
+
+    return work
+
+
+def contexts(spec: dict[str, Any], model_config: models.ModelConfig, params: dict):
+    """As prefill, of prompts with all of n candidates behind them but one: as a trie of each query, or one by one."""
+    n, rng = spec["samples"], np.random.default_rng(0)
+    rows = []
+    for prompt in worker.prompt_ids(spec):
+        candidates = rng.integers(1, model_config.vocab_size, (n, spec["new_tokens"])).tolist()
+        rows += [[*prompt, *(t for k, c in enumerate(candidates) if k != i for t in c)] for i in range(n)]
+    packed = [batching.whole(row) for row in rows]
+    arrays = batching.pad_packed(packed, batching.shape_of(packed, 1, family=n if spec["together"] else 1))
+    trie = None if arrays.trie is None else models.Trie(*map(jnp.asarray, arrays.trie))
+    tokens, lengths = jnp.asarray(arrays.first), jnp.asarray(arrays.lengths)
+    run = jax.jit(models.prefill, static_argnums=0)
+
+    def work(_: int) -> dict[str, Any]:
+        jax.block_until_ready(run(model_config, params, tokens, lengths, trie))
+        return {"tokens": sum(map(len, rows))}
 
     return work
 
@@ -66,4 +86,4 @@ def gradient(spec: dict[str, Any], model_config: models.ModelConfig, params: dic
 
 
 # Of a spec's "work": build(spec, model_config, params) -> work(number of the run).
-PARTS = {"prefill": prefill, "score": score, "gradient": gradient}
+PARTS = {"prefill": prefill, "score": score, "gradient": gradient, "contexts": contexts}

@@ -20,11 +20,11 @@ class ShortIntegrator(rollout.Actor):
 
     integrated_tokens: int = 0
 
-    def sample(self, prompts: list[Ids], n: int, max_new_tokens: int, key, done=None, alike: int = 1):
+    def sample(self, prompts: list[Ids], n: int, max_new_tokens: int, key, done=None, **shared: int):
         """As its parent; only candidates are drawn `group_size` at a time."""
         short = self.integrated_tokens and n != self.config.rollout.group_size
         limit = min(max_new_tokens, self.integrated_tokens) if short else max_new_tokens
-        return super().sample(prompts, n, limit, key, done, alike)
+        return super().sample(prompts, n, limit, key, done, **shared)
 
 
 class Steps:
