@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from gcpo_jax import learner, models
 from gcpo_jax.config import Config
 from gcpo_jax.hardware import Device
-from gcpo_jax.models.attention import WHOLE_UP_TO
+from gcpo_jax.models.attention import STRIP, STRIPS, WHOLE_UP_TO
 from gcpo_jax.partition import Layout, layout_of, rows_at_a_time
 from gcpo_jax.scorer import TOKENS_PER_CHUNK
 from gcpo_jax.slots import ring_of
@@ -147,11 +147,19 @@ class Part:
     @property
     def scored(self) -> float:
         """Pairs of query and key that are computed."""
-        half = 0.5 if self.blocks else 1.0
         prompts = 1 + self.n if self.attention == "cudnn" else 1  # it computes the prompt's again with every row
         between = self.m * self.A
-        blocks = between * (self.P + half * self.A)
-        return prompts * half * self.P**2 + blocks + self.n * self.T * (self.P + between + half * self.T)
+        blocks = between * (self.P + self._causal(self.A))
+        return (
+            prompts * self.P * self._causal(self.P)
+            + blocks
+            + self.n * self.T * (self.P + between + self._causal(self.T))
+        )
+
+    def _causal(self, S: int) -> float:
+        """Keys of S that a query is computed with, on average."""
+        strips = -(-S // max(STRIP, -(-S // STRIPS)))
+        return S / 2 if self.blocks or not strips else S * (1 + 1 / strips) / 2
 
 
 def _computed(call: Call, attention: str) -> tuple[int, Part]:

@@ -38,6 +38,17 @@ def test_values_and_gradients_in_blocks_are_those_of_the_whole(S, block):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("S", "strip", "most"), [(16, 4, 8), (13, 4, 8), (13, 2, 3), (9, 1, 8), (5, 8, 8)])
+def test_values_and_gradients_in_strips_are_those_of_one(S, strip, most, monkeypatch):
+    inputs, whole = arrays(S), value_and_gradients(0, *arrays(S))
+    monkeypatch.setattr(attention, "STRIP", strip)
+    monkeypatch.setattr(attention, "STRIPS", most)
+    text = str(jax.make_jaxpr(functools.partial(value_and_gradients.__wrapped__, 0))(*inputs))
+    assert (f"{S},{S}]" in text) == (strip >= S)
+    for a, b in zip(jax.jit(functools.partial(value_and_gradients.__wrapped__, 0))(*inputs), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_in_bfloat16_blocks_are_nearly_as_near_to_the_truth_as_the_whole():
     exact = value_and_gradients(0, *arrays(64))
     whole = value_and_gradients(0, *arrays(64, "bfloat16"))
