@@ -141,7 +141,10 @@ def shared(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Co
 
 
 def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
-    """Steps of gcpo against steps of grpo: at the paper's proportions, and of two recipes as they are."""
+    """Steps of gcpo against steps of grpo: at the paper's proportions, and of two recipes as they are.
+
+    At the paper's proportions also with one target of KL' a group instead of two.
+    """
     cases = {}
     # The paper's proportions at a sixteenth of its lengths (T = 16384, S = 1024, M = 256, answers of 384, Q = 256).
     spec = {"work": "step", "directory": write_model(scratch, "small"), "model": MODELS["small"], **BATCH}
@@ -159,6 +162,9 @@ def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Cont
                 ours("grpo", spec | {"preset": "grpo"}),
                 ours("gcpo", spec | {"preset": "gcpo", "changes": spec["changes"] | only_gcpo}),
             ]
+            if only_gcpo:
+                one = spec["changes"] | only_gcpo | {"algorithm.kl_targets": 1}
+                cases[case].append(ours("gcpo, kl_targets=1", spec | {"preset": "gcpo", "changes": one}))
     return cases
 
 
