@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 WHOLE_UP_TO = 2048
 BLOCK = 512
 # The causal whole form takes so many queries at a time, or more where that makes more strips, without the keys behind
-# the last of them. Half the work of a square, 1.6 to 2 times as fast at 1,024 positions on a CPU.
+# the last of them: little more than half the work of a square.
 STRIP, STRIPS = 128, 8
 
 

@@ -125,9 +125,9 @@ def ragged(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Co
 
 
 def shared(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
-    """2 prompts of 8 times the length of their 16 completions, computed once and computed 16 times; and contexts.
+    """2 prompts of 8 times the length of their 16 completions, computed once and computed 16 times.
 
-    Those are 8 of each of 2 queries, a prompt and 7 of its 8 candidates of 64 tokens each.
+    And of 2 queries the contexts of 8 left-out candidates.
     """
     cases = {}
     for shape in args.shapes:
@@ -141,10 +141,7 @@ def shared(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Co
 
 
 def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
-    """Steps of gcpo against steps of grpo: at the paper's proportions, and of two recipes as they are.
-
-    At the paper's proportions also with one target of KL' a group instead of two.
-    """
+    """Steps of gcpo against grpo's: at the paper's proportions (also with one target of KL'), and of two recipes."""
     cases = {}
     # The paper's proportions at a sixteenth of its lengths (T = 16384, S = 1024, M = 256, answers of 384, Q = 256).
     spec = {"work": "step", "directory": write_model(scratch, "small"), "model": MODELS["small"], **BATCH}
