@@ -93,6 +93,9 @@ class Algorithm:
     rollouts: int = 2  # R, roll-outs per context; 0: n
     rollout_tokens: int = 64  # M, tokens of a roll-out; 0, or more than that: max_new_tokens
     kl_targets: int = 2  # candidates per group that enter KL', weighted n/k; 0: all
+    # Whether the gradient of KL' flows through x_i too, or takes its keys and values for constants (of contexts in
+    # blocks: those of problem and candidates)
+    context_gradient: bool = False
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -172,7 +175,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gvpo": {"objective": "gvpo", "advantage_scale": "none", "beta": 0.1},
     "gcpo": _GCPO,
     "gcpo_paper": _GCPO
-    | {"clip_negative": False, "integrated": 0, "rollouts": 0, "rollout_tokens": 0, "kl_targets": 0},
+    | {"integrated": 0, "rollouts": 0, "rollout_tokens": 0, "kl_targets": 0}
+    | {"clip_negative": False, "context_gradient": True},
     "gcpo_loo": _GCPO | {"sampling": "swap"},
     "gcpo_bayes": _GCPO | {"causal_factor": "bayes"},
     "gcpo_no_adv": _GCPO | {"causal_factor": "none"},

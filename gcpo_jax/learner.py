@@ -341,7 +341,8 @@ def _losses(model_config: models.ModelConfig, config: Config):
         kl, weights, mask, q_logp = rows
         M, T = mask.shape
         params = cast(params, config.model.dtype)
-        logp = row_logprobs(model_config, params, kl.contexts, T, temperature, remat).reshape(M, -1, T)
+        logp = row_logprobs(model_config, params, kl.contexts, T, temperature, remat, a.context_gradient)
+        logp = logp.reshape(M, -1, T)
         p_old = jnp.exp(jax.lax.stop_gradient(logp) if kl.old_logp is None else kl.old_logp)
         p_x = jnp.sum(kl.weight_x[..., None] * p_old, axis=1)
         p_phi = jnp.sum(kl.weight_phi[..., None] * p_old, axis=1) + kl.phi_rest

@@ -76,13 +76,17 @@ def row_logprobs(
     width: int,
     temperature: float = 1.0,
     remat: str = "none",
+    prompt_gradient: bool = True,
 ) -> Float[Array, "B n T"]:
     """log π of the completion at a row's end, given what stands before it; T = width.
 
-    So prompts that only begin alike share what they have in common. With blocks, no gradient flows through them.
+    So prompts that only begin alike share what they have in common.
+
+    Args:
+      prompt_gradient: as in models.encode_shared.
     """
     given = rows.prompts, rows.prompt_lengths, rows.rows
-    hidden = models.encode_shared(model_config, params, *given, remat, rows.blocks, rows.trie)
+    hidden = models.encode_shared(model_config, params, *given, remat, rows.blocks, rows.trie, prompt_gradient)
     if rows.starts is None:
         return _logprobs(model_config, params, hidden, rows.rows, rows.lengths, temperature)[0]
     columns = jnp.minimum(rows.starts[..., None] + jnp.arange(width)[None, None], rows.rows.shape[2] - 1)

@@ -5,16 +5,15 @@ from gcpo_jax.models.decode import Cache, Caches, by_layer, decode_step, init_ca
 from gcpo_jax.models.io import check_weights, load_pretrained, save_pretrained
 from gcpo_jax.models.kernels import for_devices
 from gcpo_jax.models.qwen import (
-    Blocks,
     constrain,
     encode,
-    encode_shared,
     forward,
     init_params,
     shapes,
     turn_to,
     unembed,
 )
+from gcpo_jax.models.shared import Blocks, encode_shared
 from gcpo_jax.models.trie import Trie
 
 __all__ = [

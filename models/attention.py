@@ -36,7 +36,7 @@ def shared_attention(
     """Attention of every row to the prompt that it shares and, causally, to itself: one softmax over both.
 
     Args:
-      seen: of the prompt's keys, those that count: for all rows (m = 1), or for each its own (m = n). Each needs one.
+      seen: of the prompt's keys, those that count: for all rows (m = 1), or for each its own (m = n).
     """
     B, n, T = q.shape[:3]
     longest = max(T, prompt_k.shape[1])

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
 from gcpo_jax.models.qwen import (
-    Blocks,
     Params,
     Turn,
     block,
@@ -24,10 +23,9 @@ from gcpo_jax.models.qwen import (
     final_norm,
     places,
     run_layers,
-    run_shared,
-    shared_columns,
     turn_to,
 )
+from gcpo_jax.models.shared import Blocks, run_shared, shared_columns
 from gcpo_jax.models.trie import Trie, as_nodes, as_tokens
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values

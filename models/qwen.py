@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from gcpo_jax.models import kernels
 from gcpo_jax.models.config import ModelConfig
-from gcpo_jax.models.trie import Trie, as_nodes, as_tokens
 
 Params = dict[str, Any]
 
@@ -220,18 +219,26 @@ def _rematerialised(layer: Callable, remat: str, c: ModelConfig) -> Callable:
     return jax.checkpoint(layer, prevent_cse=False, policy=lambda op, *_, **__: op.name != "sharding_constraint")
 
 
-def run_layers(c: ModelConfig, params: Params, tokens, positions, attend: Callable, remat: str = "none"):
-    """Hidden states [R, S, D] after the final norm, and what attend returned beside the heads, stacked by layer."""
+def run_layers(
+    c: ModelConfig, params: Params, tokens, positions, attend: Callable, remat: str = "none", given: tuple = ()
+):
+    """Hidden states [R, S, D] after the final norm, and what attend returned beside the heads, stacked by layer.
+
+    Args:
+      given: arrays, stacked by layer, of which attend gets its layer's behind q, k and v.
+    """
 
     turn = turn_to(positions, c)
 
-    def layer(x, layer_params):
+    def layer(x, inputs):
+        layer_params, own = inputs
         if c.layout is not None:
             layer_params = c.layout.gather(layer_params, section="layers")
-        x, kept = block(c, layer_params)(x, turn, attend)
+        x, kept = block(c, layer_params)(x, turn, lambda *qkv: attend(*qkv, *own))
         return constrain(c, x, "hidden"), kept
 
-    x, kept = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), params["layers"])
+    inputs = params["layers"], given
+    x, kept = jax.lax.scan(_rematerialised(layer, remat, c), embed(c, params, tokens), inputs)
     return final_norm(c, params, x), kept
 
 
@@ -258,121 +265,6 @@ def encode(
         return kernels.causal(model_config, q, k, v), None
 
     return run_layers(model_config, params, tokens, places(tokens), attend, remat)[0]
-
-
-class Blocks(NamedTuple):
-    """m blocks of A tokens that follow a prompt, all at the same positions and blind to each other."""
-
-    tokens: Any  # [B, m, A]
-    lengths: Any  # [B, m]
-    seen: Any  # [B, n, m] bool: which of them each row that follows sees
-
-
-def shared_columns(P: int, lengths, blocks: Blocks | None):
-    """Which columns of prompts[B, P] and, behind them, of blocks a row sees: [B, n, P + m A]; [B, 1, P] without."""
-    first = jnp.arange(P)[None, None] < lengths[:, None, None]
-    if blocks is None:
-        return first
-    B, n, m = blocks.seen.shape
-    A = blocks.tokens.shape[2]
-    real = jnp.arange(A)[None, None] < blocks.lengths[..., None]
-    between = (blocks.seen[..., None] & real[:, None]).reshape(B, n, m * A)
-    return jnp.concatenate([jnp.broadcast_to(first, (B, n, P)), between], axis=-1)
-
-
-def run_shared(
-    c: ModelConfig,
-    params: Params,
-    prompts,
-    lengths,
-    rows,
-    remat: str,
-    blocks: Blocks | None = None,
-    trie: Trie | None = None,
-    keep_cache: bool = False,
-):
-    """Of prompts[B, P] and the rows[B, n, T] that follow each: hidden states [B, P, D] and [B, n, T, D].
-
-    And, if asked for, keys and values [L, B, K, P + m A + n T, A] of prompt, blocks and rows.
-    With blocks a row stands behind the longest that it sees. No gradient then flows through them and the prompt.
-    With a trie, of prompts without blocks, each of its nodes is computed once.
-    """
-    B, n, T = rows.shape
-    groups, U = prompts.shape if trie is None else trie.place.shape
-    P, m, A = prompts.shape[1], *((0, 0) if blocks is None else blocks.tokens.shape[1:])
-    in_prompt, seen = shared_columns(P, lengths, None), shared_columns(P, lengths, blocks)
-    starts = jnp.broadcast_to(lengths[:, None], (B, n))
-    tokens, positions = [as_nodes(trie, prompts)], [as_nodes(trie, places(prompts))]
-
-    def place(more, starts):
-        tokens.append(more.reshape(groups, -1))
-        positions.append((starts[..., None] + jnp.arange(more.shape[2])[None, None]).reshape(groups, -1))
-
-    if blocks is not None:
-        place(blocks.tokens, jnp.broadcast_to(lengths[:, None], (B, m)))
-        starts = starts + jnp.max(jnp.where(blocks.seen, blocks.lengths[:, None], 0), axis=-1)
-    place(rows, starts)
-
-    def parts(x):
-        between = U + m * A
-        return (
-            as_tokens(trie, x[:, :U]),
-            x[:, U:between].reshape(B, m, A, *x.shape[2:]),
-            x[:, between:].reshape(B, n, T, *x.shape[2:]),
-        )
-
-    def attend(q, k, v):
-        (q_first, q_block, q_own), (k_first, k_block, k_own), (v_first, v_block, v_own) = map(parts, (q, k, v))
-        first = kernels.causal(c, q_first, k_first, v_first)
-        if blocks is None:
-            heads = [first, kernels.shared(c, q_own, k_own, v_own, k_first, v_first, seen)]
-        else:
-            middle = kernels.shared(c, q_block, k_block, v_block, k_first, v_first, in_prompt)
-            context = (jax.lax.stop_gradient(x[:, : P + m * A]) for x in (k, v))
-            heads = [first, middle, kernels.shared(c, q_own, k_own, v_own, *context, seen)]
-        heads[0] = as_nodes(trie, heads[0])
-        heads = jnp.concatenate([x.reshape(groups, -1, *q.shape[2:]) for x in heads], axis=1)
-        if not keep_cache:
-            return heads, None
-        if trie is not None:
-            k, v = (
-                jnp.concatenate([first, own.reshape(B, -1, *own.shape[3:])], axis=1)
-                for first, own in ((k_first, k_own), (v_first, v_own))
-            )
-        return heads, (k.swapaxes(1, 2), v.swapaxes(1, 2))
-
-    everything, where = (jnp.concatenate(x, axis=1) for x in (tokens, positions))
-    hidden, cache = run_layers(c, params, everything, where, attend, remat)
-    first, _, own = parts(hidden)
-    return first, own, cache
-
-
-def encode_shared(
-    model_config: ModelConfig,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    rows: Int[Array, "B n T"],
-    remat: str = "none",
-    blocks: Blocks | None = None,
-    trie: Trie | None = None,
-) -> Float[Array, "B n T D"]:
-    """The hidden states that predict each row's tokens, with the prompt computed once for the n rows that follow it.
-
-    Column j is the state of the token before token j: for the first, the prompt's last. Those from a row's length on
-    mean nothing. Equal, gradients included, to encode on prompt and row together, row by row.
-
-    Args:
-      lengths: of the prompts, at least 1.
-      remat: as in encode.
-      blocks: between the prompt and the rows, which see some of them (InBlocks). Column 0 then means nothing, and no
-        gradient flows through what stands before the rows.
-      trie: what prompts have in common, of prompts without blocks. It changes no result.
-    """
-    prompt, own, _ = run_shared(model_config, params, prompts, lengths, rows, remat, blocks, trie)
-    last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
-    first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[3]))
-    return jnp.concatenate([first, own[:, :, :-1]], axis=2)
 
 
 def unembed(model_config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

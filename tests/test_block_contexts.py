@@ -57,8 +57,8 @@ def group(seed=0, sizes=(3, 6, 1, 4)):
     return contexts, ids(rng, *rng.integers(1, T + 1, len(contexts)))
 
 
-def alone(config, params, context: InBlocks, reply, temperature=1.0):
-    """log π of each token of a reply, without gradient through what precedes the ending."""
+def alone(config, params, context: InBlocks, reply, temperature=1.0, flows=False):
+    """log π of each token of a reply; whether gradient flows through what precedes the ending."""
     segments = [context.first, *context.blocks, [*context.ending, *reply]]
     number = np.repeat(np.arange(len(segments)), [len(s) for s in segments])
     behind = len(context.first) + max(map(len, context.blocks), default=0)
@@ -68,7 +68,8 @@ def alone(config, params, context: InBlocks, reply, temperature=1.0):
     sees = (number[:, None] == number) | (number[None] == 0) | (number[:, None] == last)
     sees = np.pad(sees & (order[:, None] >= order), (0, size - len(order)))  # one shape, so that little is compiled
     flat, position, before = (np.pad(x, (0, size - len(order))) for x in ([*context, *reply], position, number < last))
-    logp = _next_logprobs(config, params, flat, position, sees, before, temperature)
+    held = before & (not flows)
+    logp = _next_logprobs(config, params, flat, position, sees, held, temperature)
     return logp[len(context) - 1 : len(context) + len(reply) - 1]
 
 
@@ -103,7 +104,8 @@ def test_packed_scores_are_those_of_each_context_by_itself(params):
         np.testing.assert_allclose(scored(params, contexts, replies, temperature=0.7, **how), expected, atol=1e-5)
 
 
-def test_packed_gradients_are_those_of_each_context_by_itself(params):
+@pytest.mark.parametrize("flows", [False, True])
+def test_packed_gradients_are_those_of_each_context_by_itself(params, flows):
     contexts, replies = group()
     entry = scorer.Entry(list(range(8)), batching.pack(contexts))
     call = scorer.Call(2, batching.shape_of([entry.packed], 8, T), T)  # one of the two entries is padding
@@ -111,11 +113,11 @@ def test_packed_gradients_are_those_of_each_context_by_itself(params):
     weights = np.random.default_rng(1).normal(size=(8, T)).astype(np.float32)
 
     def packed(params):
-        return jnp.sum(scorer.row_logprobs(CONFIG, params, rows, T)[0] * weights)
+        return jnp.sum(scorer.row_logprobs(CONFIG, params, rows, T, prompt_gradient=flows)[0] * weights)
 
     def each(params):
         sums = [
-            jnp.sum(alone(CONFIG, params, c, y) * weights[k, : len(y)])
+            jnp.sum(alone(CONFIG, params, c, y, flows=flows) * weights[k, : len(y)])
             for k, (c, y) in enumerate(zip(contexts, replies, strict=True))
         ]
         return sum(sums)
@@ -222,8 +224,9 @@ def test_attention_in_blocks_knows_what_each_row_sees(n, block):
     np.testing.assert_allclose(results[0][0][0, -1, 1, 2], row @ np.asarray(v[0, :, 1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("flows", [False, True])
 @pytest.mark.parametrize("kernel", ["cudnn", pytest.param("splash", marks=pytest.mark.slow)])
-def test_a_kernel_scores_the_same_and_has_the_same_gradient(kernel, monkeypatch):
+def test_a_kernel_scores_the_same_and_has_the_same_gradient(kernel, flows, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", True)
     monkeypatch.setattr(kernels, "CUDNN", "xla")
     c = dataclasses.replace(CONFIG, head_dim=8)
@@ -234,7 +237,8 @@ def test_a_kernel_scores_the_same_and_has_the_same_gradient(kernel, monkeypatch)
     rows = jax.tree.map(jnp.asarray, scorer.pad([entry], replies, call))
 
     def loss(params, kernel):
-        return jnp.sum(jnp.sin(scorer.row_logprobs(dataclasses.replace(c, attention=kernel), params, rows, T)))
+        of = dataclasses.replace(c, attention=kernel)
+        return jnp.sum(jnp.sin(scorer.row_logprobs(of, params, rows, T, prompt_gradient=flows)))
 
     found, expected = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, k) for k in (kernel, "plain"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, expected)
