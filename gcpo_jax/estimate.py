@@ -128,6 +128,7 @@ class Part:
     A: int = 0
     t: int = 1
     U: int = 0
+    constant: bool = False  # no gradient flows through what stands before the completions
 
     @property
     def attending(self) -> int:
@@ -155,6 +156,14 @@ class Part:
             + blocks
             + self.n * self.T * (self.P + between + self._causal(self.T))
         )
+
+    @property
+    def differentiated(self) -> tuple[int, float]:
+        """Tokens, and pairs of query and key, that a backward pass is for."""
+        if not self.constant:
+            return self.tokens, self.scored
+        before = dataclasses.replace(self, n=0, T=0)
+        return self.tokens - before.tokens, self.scored - before.scored
 
     def _causal(self, S: int) -> float:
         """Keys of S that a query is computed with, on average."""
@@ -238,15 +247,18 @@ class Estimator:
 
     def _activations(self, rows: int, part: "Part") -> int:
         """Bytes kept and computed while rows are differentiated on a device."""
-        c, t, tokens = self.model, self._axis("tensor"), rows * part.tokens
+        c, t = self.model, self._axis("tensor")
+        tokens, scored = (rows * int(x) for x in part.differentiated)
         kept = c.hidden_size
         if self.config.model.remat != "full":
             kept += c.hidden_size * 2 + ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size) // t
         if self.config.model.remat == "none":
             kept += c.hidden_size * 4 + (c.num_heads * c.head_dim * 2 + 3 * c.intermediate_size) // t
         layers = c.num_layers * tokens * kept * self._b
+        if part.constant:
+            layers += c.num_layers * (rows * part.tokens - tokens) * 2 * c.num_kv_heads * c.head_dim // t * self._b
         if self.config.model.remat == "none" and not part.blocks:
-            layers += c.num_layers * rows * c.num_heads // t * int(part.scored) * (4 + self._b)
+            layers += c.num_layers * c.num_heads // t * scored * (4 + self._b)
         working = self._working(tokens, True) + self._scores(rows, part, True)
         return layers + working + tokens * c.hidden_size * (self._b + 4)
 
@@ -272,7 +284,8 @@ class Estimator:
             M = batch.kl.row.shape[0]
             size = E * min(M, learner.targets_at_a_time(self.model, self.config)) // M
             part = Part(batch.kl.contexts.prompts.shape[1], n, W, self.model.attention, *between)
-            parts.append((E, size, part))
+            constant = not self.config.algorithm.context_gradient
+            parts.append((E, size, dataclasses.replace(part, constant=constant)))
         return parts
 
     def call(self, call: Call) -> Bytes:
@@ -342,8 +355,11 @@ class Estimator:
         flops = seconds = 0.0
         for rows, size, part in self._parts(batch):
             dense, attention = self._forward(rows, part)
-            dense = dense * (3 + again) + 4 * 2 * rows / self.row_shards * part.n * part.T * self._table()
-            attention *= 3.5 + again
+            tokens, scored = part.differentiated
+            dense *= 1 + (2 + again) * tokens / part.tokens
+            dense += 4 * 2 * rows / self.row_shards * part.n * part.T * self._table()
+            attention *= 1 + (2.5 + again) * scored / part.scored
             flops += dense + attention
-            seconds += self._seconds(dense, attention, (2 + min(1.0, again)) * rows / size, device)
+            gathers = 2 + min(1.0, again) + part.constant
+            seconds += self._seconds(dense, attention, gathers * rows / size, device)
         return flops, seconds

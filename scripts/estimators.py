@@ -35,7 +35,10 @@ KEEP = optax.GradientTransformation(
 
 
 def estimators(n: int, tokens: int) -> dict[str, config_lib.Algorithm]:
-    """The oracle first. None clips Υ at 0, so that all estimate the same. "in blocks": see contexts.attention."""
+    """The oracle first. None clips Υ at 0, so that all estimate the same.
+
+    "through contexts": see algorithm.context_gradient. "in blocks": see contexts.attention.
+    """
     sizes = sorted({k for k in (1, 2, 4) if k < n} | {n})
     found = {"gcpo_paper": config_lib.preset("gcpo_paper")}
     for L in sizes:
@@ -45,6 +48,7 @@ def estimators(n: int, tokens: int) -> dict[str, config_lib.Algorithm]:
             )
     half = tokens // 2
     found[f"gcpo L=2 R=2 M={half}"] = dataclasses.replace(config_lib.preset("gcpo"), rollout_tokens=half)
+    found["gcpo L=2 R=2 through contexts"] = dataclasses.replace(found["gcpo L=2 R=2"], context_gradient=True)
     found["gcpo L=2 R=2 in blocks"] = found["gcpo L=2 R=2"]
     found["gcpo_loo L=2 R=2"] = dataclasses.replace(config_lib.preset("gcpo_loo"), rollout_tokens=tokens)
     found["gcpo_bayes"] = config_lib.preset("gcpo_bayes")
