@@ -46,6 +46,8 @@ def estimators(n: int, tokens: int) -> dict[str, config_lib.Algorithm]:
             found[f"gcpo L={L} R={R}"] = dataclasses.replace(
                 config_lib.preset("gcpo"), integrated=L, rollouts=R, rollout_tokens=tokens
             )
+    for k in sizes:
+        found[f"gcpo L=2 R=2 k={k}"] = dataclasses.replace(found["gcpo L=2 R=2"], kl_targets=k)
     half = tokens // 2
     found[f"gcpo L=2 R=2 M={half}"] = dataclasses.replace(config_lib.preset("gcpo"), rollout_tokens=half)
     found["gcpo L=2 R=2 through contexts"] = dataclasses.replace(found["gcpo L=2 R=2"], context_gradient=True)
