@@ -92,7 +92,7 @@ class Algorithm:
     integrated: int = 2  # L, integrated outputs (or swap partners) per target; 0: n
     rollouts: int = 2  # R, roll-outs per context; 0: n
     rollout_tokens: int = 64  # M, tokens of a roll-out; 0, or more than that: max_new_tokens
-    kl_targets: int = 2  # candidates per group that enter KL', weighted n/k; 0: all
+    kl_targets: int = 1  # candidates per group that enter KL', weighted n/k; 0: all
     # Whether the gradient of KL' flows through x_i too, or takes its keys and values for constants (of contexts in
     # blocks: those of problem and candidates)
     context_gradient: bool = False

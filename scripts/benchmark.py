@@ -141,7 +141,7 @@ def shared(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Co
 
 
 def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Contender]]:
-    """Steps of gcpo against grpo's: at the paper's proportions (also with one target of KL'), and of two recipes."""
+    """Steps of gcpo against grpo's: at the paper's proportions (also with two targets of KL'), and of two recipes."""
     cases = {}
     # The paper's proportions at a sixteenth of its lengths (T = 16384, S = 1024, M = 256, answers of 384, Q = 256).
     spec = {"work": "step", "directory": write_model(scratch, "small"), "model": MODELS["small"], **BATCH}
@@ -160,8 +160,8 @@ def gcpo(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, list[Cont
                 ours("gcpo", spec | {"preset": "gcpo", "changes": spec["changes"] | only_gcpo}),
             ]
             if only_gcpo:
-                one = spec["changes"] | only_gcpo | {"algorithm.kl_targets": 1}
-                cases[case].append(ours("gcpo, kl_targets=1", spec | {"preset": "gcpo", "changes": one}))
+                two = spec["changes"] | only_gcpo | {"algorithm.kl_targets": 2}
+                cases[case].append(ours("gcpo, kl_targets=2", spec | {"preset": "gcpo", "changes": two}))
     return cases
 
 
