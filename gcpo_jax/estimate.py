@@ -128,6 +128,7 @@ class Part:
     A: int = 0
     t: int = 1
     U: int = 0
+    _: dataclasses.KW_ONLY
     constant: bool = False  # no gradient flows through what stands before the completions
 
     @property
