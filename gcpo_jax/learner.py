@@ -1,7 +1,7 @@
 """Train state, optimizer and the jitted update.
 
 N = B * n candidates of T tokens, in E = N / m entries of m that share a prompt of P tokens; M targets of KL', with G
-contexts of X tokens that carry gradient each. One batch is one pytree of arrays; micro-batches of whole groups are
+contexts of X tokens each that the update computes. One batch is one pytree of arrays; micro-batches of whole groups are
 differentiated in turn and their gradients added, exactly, because every token's weight in the loss is known beforehand.
 """
 
@@ -57,7 +57,7 @@ class KlBatch(NamedTuple):
     contexts: scorer.Rows  # M G / m entries of m leave-one-out contexts, with the targets' completions
     weight_x: np.ndarray  # [M, G] in π(y | x_i)
     weight_phi: np.ndarray  # [M, G] in Φπ(y | x_i)
-    phi_rest: np.ndarray  # [M, T] the part of Φπ(y | x_i) from contexts without gradient
+    phi_rest: np.ndarray  # [M, T] the part of Φπ(y | x_i) from contexts that are only scored
     old_logp: np.ndarray | None  # [M, G, T]; None with one update a batch
 
 
